@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: train test lint format clean
+.PHONY: train test lint format lock clean
 
 train: $(READY)
 	$(PY) train.py configs/debug.yaml
@@ -26,6 +26,13 @@ $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --requirement requirements.txt
 	@touch $@
+
+# Resolve requirements.in in an environment of its own and pin what came out.
+lock:
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet --requirement requirements.in
+	(echo '# Pinned by `make lock` from requirements.in; Python 3.11 to 3.13, Linux x86-64.'; $(VENV)-lock/bin/python -m pip freeze) > requirements.txt
+	rm -rf $(VENV)-lock
 
 clean:
 	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache

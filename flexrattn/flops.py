@@ -1,0 +1,57 @@
+"""True FLOPs of a training step, so that MFU compares layers by the work they need and not by the work of full attention.
+
+Counted per token, forward plus twice that for the backward, a multiply-add as two:
+
+    matmul parameters     2 each, the input embedding not (it is a look-up), a tied output embedding once
+    softmax branch        4 D per head for every key a query sees: min(t, w) + 1 of them for query t of a window w
+    linear branch         2 F D per KV head to add a token to its state, 2 F D per query head to read it
+
+The linear branch is charged its recurrence. What a chunked kernel does on top of it (the products inside a chunk), as
+what attention recomputes in its backward, is the implementation's choice and not work the model needs. Document
+borders are not known ahead of a batch: rows are charged as one document.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from scan_kernels import feature_dim
+
+if TYPE_CHECKING:
+    from flexrattn.attention import RAttention
+
+# A backward costs two matrix products for each of the forward's.
+TRAINING_FACTOR = 3
+
+
+def mean_visible_keys(window: int | None, seq_len: int) -> float:
+    """Mean over queries 0 <= t < T of min(t, window) + 1, the keys of a causal window; None: no window."""
+    w = seq_len - 1 if window is None else min(window, seq_len - 1)
+    # Queries 0..w-1 see t+1 keys, the other T-w see w+1.
+    return (w * (w + 1) / 2 + (seq_len - w) * (w + 1)) / seq_len
+
+
+def attention_flops_per_token(attention: RAttention.Config, seq_len: int) -> float:
+    """Forward FLOPs per token of a layer's branches, projections not included."""
+    n_heads, n_kv_heads, head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
+    assert n_kv_heads is not None
+    assert head_dim is not None
+    total = 0.0
+    if attention.has_softmax:
+        window = attention.window if attention.kind != "full" else None
+        total += 4 * n_heads * head_dim * mean_visible_keys(window, seq_len)
+    if attention.residual is not None:
+        features = feature_dim(attention.residual.feature_map, head_dim)
+        total += 2 * features * head_dim * (n_heads + n_kv_heads)
+    return total
+
+
+def nparams_and_flops_per_token(config: Any, model: torch.nn.Module, seq_len: int) -> tuple[int, int]:
+    """Parameters of `model`, and FLOPs per token of its training step at `seq_len`, recomputation not counted."""
+    nparams = sum(p.numel() for p in model.parameters())
+    lookup = 0 if config.enable_weight_tying else config.vocab_size * config.dim
+    forward = 2 * (nparams - lookup)
+    forward += sum(attention_flops_per_token(layer.attention, seq_len) for layer in config.layers)
+    return nparams, int(TRAINING_FACTOR * forward)

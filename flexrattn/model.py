@@ -1,0 +1,138 @@
+"""The decoder: pre-norm blocks in a repeating local/global pattern, and one mask per distinct mask of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torchtitan.models.common.decoder import Decoder, TransformerBlock
+from torchtitan.models.common.feed_forward import FeedForward
+from torchtitan.tools.logging import logger
+
+from flexrattn import flops
+from flexrattn.attention import RAttention
+from flexrattn.masked_attention import Mask
+from flexrattn.packing import document_ids_from_positions
+from score_mods import MaskMod, all_of, build_block_mask, dense_mask, make_mask
+
+
+class GatedFeedForward(FeedForward):
+    """w2(activation(w1 x) * w3 x): "silu" is SwiGLU, "gelu" is GeGLU (the tanh form, as JAX computes it)."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(FeedForward.Config):
+        activation: Literal["silu", "gelu"] = "silu"
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.activation = config.activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = F.silu(self.w1(x)) if self.activation == "silu" else F.gelu(self.w1(x), approximate="tanh")
+        return self.w2(gate * self.w3(x))
+
+
+class Block(TransformerBlock):
+    """x + attention(norm(x)); x + feed_forward(norm(x))."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TransformerBlock.Config):
+        pass
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.attention = config.attention.build()
+        assert config.feed_forward is not None
+        self.feed_forward = config.feed_forward.build()
+        self.attention_norm = config.attention_norm.build()
+        self.ffn_norm = config.ffn_norm.build()
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        attention_masks: dict[str, Mask],
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), attention_masks, positions)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskSpec:
+    """A mask by its registered name or "package.module:factory", and the factory's arguments."""
+
+    name: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> MaskMod:
+        return make_mask(self.name, **self.args)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "args": dict(self.args)}
+
+
+class RAttentionModel(Decoder):
+    """Decoder whose layers each name one of `masks`; every mask is confined to documents."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Decoder.Config):
+        masks: dict[str, MaskSpec]
+
+        def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
+            Decoder.Config.update_from_config(self, config=config, **kwargs)
+            parallelism = config.parallelism
+            if parallelism.context_parallel_degree > 1:
+                raise ValueError(
+                    f"parallelism.context_parallel_degree = {parallelism.context_parallel_degree} is not supported: "
+                    "the linear branch needs the state of the ranks before it, which is not exchanged yet; use 1"
+                )
+            from flexrattn.sharding import set_sharding
+
+            set_sharding(self, enable_sp=parallelism.enable_sequence_parallel)
+
+        def get_nparams_and_flops(self, model: torch.nn.Module, seq_len: int) -> tuple[int, int]:
+            return flops.nparams_and_flops_per_token(self, model, seq_len)
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.mask_mods = {key: spec.build() for key, spec in config.masks.items()}
+
+    def get_attention_masks(self, positions: torch.Tensor) -> dict[str, Mask]:
+        """One mask per distinct mask for a batch of positions (B, T): sparse blocks on a GPU, dense on the CPU.
+
+        Keeps a pair when the layer's mask keeps it and both tokens are of one document.
+        """
+        batch, tokens = positions.shape
+        same_document = make_mask("document", document_ids=document_ids_from_positions(positions))
+        shape = {"batch": batch, "heads": None, "q_len": tokens, "kv_len": tokens, "device": positions.device}
+        build = dense_mask if positions.device.type == "cpu" else build_block_mask
+        return {key: build(all_of(mask, same_document), **shape) for key, mask in self.mask_mods.items()}
+
+
+def log_layers(config: RAttentionModel.Config, seq_len: int) -> None:
+    """Say once what the layers are, and where a window makes one of them pointless."""
+    described = [describe_layer(layer.attention) for layer in config.layers]
+    counts = {text: described.count(text) for text in dict.fromkeys(described)}
+    logger.info("Layers: " + ", ".join(f"{n} x {text}" for text, n in counts.items()))
+    for layer in config.layers:
+        attention = layer.attention
+        if attention.residual is not None and attention.window is not None and attention.window >= seq_len:
+            logger.warning(
+                f"window {attention.window} reaches past training.seq_len {seq_len}: the linear branch reads nothing"
+            )
+            return
+
+
+def describe_layer(attention: RAttention.Config) -> str:
+    """"rattention(window 512, softmax)": kind, window, feature map, and the mask where it is not the kind's own."""
+    details = []
+    if attention.kind != "full":
+        details.append("no window" if attention.window is None else f"window {attention.window}")
+    if attention.residual is not None:
+        details.append(attention.residual.feature_map)
+    if attention.has_softmax:
+        details.append("rope" if attention.use_rope else "no positions")
+        details.append(f"mask {attention.mask}")
+    return f"{attention.kind.value}({', '.join(details)})"

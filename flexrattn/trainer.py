@@ -1,0 +1,200 @@
+"""torchtitan's Trainer with what a user looks for in the log: validation before and after, and the time left.
+
+Nothing of the training loop is here: each class overrides one method that torchtitan offers for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.validate import Validator
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+
+from flexrattn import compat, platform
+from flexrattn.data.tokenizer import check_vocabulary
+from flexrattn.model import RAttentionModel, log_layers
+
+CONFIG_FILE = "config.json"
+
+
+class ProgressMetrics(MetricsProcessor):
+    """torchtitan's log line and TensorBoard scalars, the line with the time left appended."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        pass
+
+    total_steps: int | None = None
+    tokens_per_step: int | None = None
+    first_loss: float | None = None
+    last_loss: float | None = None
+    validation_losses: dict[int, float]
+
+    def __init__(self, config: Config, **kwargs: Any):
+        super().__init__(config, **kwargs)
+        self.validation_losses = {}
+        self._warm = False
+        if platform.device_type() == "cpu":
+            # torchtitan knows no peak of a CPU and would log a share of an A100's; this is its switch for "no MFU".
+            self.has_quantization = True
+
+    def log(self, step: int, global_avg_loss: float, *args: Any, **kwargs: Any) -> None:
+        if self.first_loss is None:
+            self.first_loss = global_avg_loss
+        self.last_loss = global_avg_loss
+        with _suffix(f"  time left: {self._time_left(step)}"):
+            super().log(step, global_avg_loss, *args, **kwargs)
+        self._warm = True
+
+    def log_validation(self, loss: float, step: int, *args: Any, **kwargs: Any) -> None:
+        self.validation_losses[step] = loss
+        super().log_validation(loss, step, *args, **kwargs)
+
+    def _time_left(self, step: int) -> str:
+        # The first line's interval holds compilation, so its rate says nothing about the rest.
+        if self.total_steps is None or not self.tokens_per_step or not self._warm:
+            return "-"
+        seconds_per_token = (time.perf_counter() - self.time_last_log) / max(1, self.ntokens_since_last_log)
+        return str(timedelta(seconds=round((self.total_steps - step) * self.tokens_per_step * seconds_per_token)))
+
+
+class _suffix(logging.Filter):
+    """Append a text to what torchtitan logs inside the `with`: its line is one f-string, without a hook."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.text = text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg = f"{record.msg}{self.text}"
+        return True
+
+    def __enter__(self) -> None:
+        logger.addFilter(self)
+
+    def __exit__(self, *exception: object) -> None:
+        logger.removeFilter(self)
+
+
+class BeforeAfterValidator(Validator):
+    """torchtitan's validator, run every `freq` steps and after the last one; the trainer runs it before the first."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Validator.Config):
+        pass
+
+    last_step: int | None = None
+
+    def should_validate(self, step: int) -> bool:
+        return step % self.config.freq == 0 or step == self.last_step
+
+
+class RAttentionTrainer(Trainer):
+    """torchtitan's trainer, with the checks that need no device made before any device is touched."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        pass
+
+    validator: BeforeAfterValidator
+    metrics_processor: ProgressMetrics
+
+    def __init__(self, config: Config):
+        check_before_start(config)
+        super().__init__(config)
+        if compat.filled:
+            logger.info(f"torch {torch.__version__} lacks what torchtitan 0.3.0 names; filled: {', '.join(compat.filled)}")
+        assert config.model_spec is not None
+        assert isinstance(config.model_spec.model, RAttentionModel.Config)
+        log_layers(config.model_spec.model, config.training.seq_len)
+        tokens = config.training.local_batch_size * config.training.seq_len * self.gradient_accumulation_steps
+        self.metrics_processor.tokens_per_step = tokens
+        self.metrics_processor.total_steps = config.training.steps
+        if config.validator.enable:
+            self.validator.last_step = config.training.steps
+        ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+        total = tokens * ranks * config.training.steps
+        logger.info(f"{tokens * ranks:,} tokens a step, {total:,} in {config.training.steps} steps")
+
+    def train_step(self, data_iterator: Iterator[Any]) -> None:
+        if self.step == 1 and self.config.validator.enable:
+            self.validator.validate(self.model_parts, 0)
+        super().train_step(data_iterator)
+
+
+def check_before_start(config: RAttentionTrainer.Config) -> None:
+    """Refuse what cannot work, in one line, before the process group and the model exist. Raises ValueError."""
+    assert config.model_spec is not None
+    model = config.model_spec.model
+    assert isinstance(model, RAttentionModel.Config)
+    compat.check_parallelism(config.parallelism, world_size=platform.world_size())
+    training = config.training
+    if training.steps < 1 or training.seq_len < 1 or training.local_batch_size < 1:
+        raise ValueError(
+            "training.steps, seq_len and local_batch_size must be positive, got "
+            f"{training.steps}, {training.seq_len}, {training.local_batch_size}"
+        )
+    if training.seq_len > model.max_seq_len:
+        raise ValueError(
+            f"training.seq_len {training.seq_len} is more than the model's max_seq_len {model.max_seq_len}: "
+            "use a shorter seq_len or recipe_args.model.max_seq_len"
+        )
+    chunks = getattr(config.loss, "num_chunks", 1)
+    if training.seq_len % chunks:
+        raise ValueError(f"training.seq_len {training.seq_len} must be a multiple of loss.num_chunks {chunks}")
+    if config.parallelism.context_parallel_degree > 1:
+        raise ValueError(
+            f"parallelism.context_parallel_degree = {config.parallelism.context_parallel_degree} is not supported: "
+            "the linear branch needs the state of the ranks before it, which is not exchanged yet; use 1"
+        )
+    check_vocabulary(config.tokenizer.build(tokenizer_path=config.hf_assets_path), model.vocab_size)
+    check_resumed_model(config)
+
+
+def model_fingerprint(config: Any) -> Any:
+    """The model config as plain values without initialisers and placements: what a checkpoint's weights mean."""
+    if isinstance(config, dict):
+        return {k: model_fingerprint(v) for k, v in config.items() if k not in ("param_init", "sharding_config")}
+    if isinstance(config, list | tuple):
+        return [model_fingerprint(v) for v in config]
+    return config
+
+
+def check_resumed_model(config: RAttentionTrainer.Config) -> None:
+    """Refuse to continue a folder's checkpoints with another model: shapes may fit where meanings do not."""
+    assert config.model_spec is not None
+    folder = Path(config.dump_folder)
+    saved = folder / CONFIG_FILE
+    checkpoints = folder / config.checkpoint.folder
+    if not (config.checkpoint.enable and saved.is_file() and any(checkpoints.glob("step-*/.metadata"))):
+        return
+    before = model_fingerprint(json.loads(saved.read_text())["model_spec"]["model"])
+    now = model_fingerprint(json.loads(json.dumps(config.model_spec.model.to_dict())))
+    if before != now:
+        raise ValueError(
+            f"{checkpoints} holds checkpoints of another model ({_first_difference(before, now)}): choose another "
+            "--dump_folder, or start from its weights with --checkpoint.initial_load_path"
+        )
+
+
+def _first_difference(before: Any, now: Any, path: str = "") -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(k for k in now if k not in before)]:
+            if before.get(key) != now.get(key):
+                return _first_difference(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for i, (old, new) in enumerate(zip(before, now, strict=True)):
+            if old != new:
+                return _first_difference(old, new, f"{path}[{i}]")
+    shown = [text if len(text := repr(v)) < 60 else f"{text[:57]}..." for v in (before, now)]
+    return f"{path} was {shown[0]}, is {shown[1]}"

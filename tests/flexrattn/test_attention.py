@@ -1,0 +1,171 @@
+"""The layer against an independent float64 reading of the paper, and what its norms do to all-zero rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexrattn import make_layers, resolve_flavor
+from flexrattn.attention import HeadRMSNorm
+from flexrattn.flavors import build_model_config
+from tests import paper
+from tests.closeness import relative_error
+
+T = 41
+SIZE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "ffn_dim": 32, "vocab_size": 16}
+ONE_DOCUMENT = [41]
+DOCUMENTS = [1, 13, 2, 24, 1]
+
+CASES = [
+    pytest.param({"layer_kind": "rattention", "window": 5}, id="rattention"),
+    pytest.param({"layer_kind": "rattention", "window": 0}, id="window-0"),
+    pytest.param({"layer_kind": "rattention", "window": 40}, id="window-T-minus-1"),
+    pytest.param({"layer_kind": "rattention", "window": None}, id="linear-only"),
+    pytest.param({"layer_kind": "rattention", "window": 5, "feature_map": "relu"}, id="relu"),
+    pytest.param({"layer_kind": "rattention", "window": 5, "feature_map": "softmax_single"}, id="softmax-single"),
+    pytest.param({"layer_kind": "rattention", "window": 5, "feature_map": "identity"}, id="identity"),
+    pytest.param({"layer_kind": "rattention", "window": 5, "branch_norm": False}, id="no-branch-norm"),
+    pytest.param({"layer_kind": "rattention", "window": 5, "learned_qk_scale": True}, id="learned-qk-scale"),
+    pytest.param({"layer_kind": "rattention", "window": 5, "learned_initial_state": True}, id="learned-state"),
+    pytest.param({"layer_kind": "swa", "window": 5}, id="swa"),
+    pytest.param({"layer_kind": "full", "window": None}, id="full"),
+]
+
+
+def positions_of(documents: list[int]) -> torch.Tensor:
+    return torch.cat([torch.arange(n) for n in documents])
+
+
+def build(options: dict, *, layer: int = 0, pattern=("local", "global"), **model) -> tuple:
+    """A model on the CPU with random weights, its attention layer and that layer's config."""
+    config = build_model_config(resolve_flavor("debug", {**SIZE, **model}), make_layers(**options, pattern=pattern))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        built = config.build()
+        built.init_weights()
+        for parameter in built.parameters():
+            # Norm scales away from one, projections large enough that no term of the layer vanishes.
+            parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.ndim > 1 else 0.2) + (parameter.ndim == 1))
+    return built, built.layers[str(layer)].attention, config.layers[layer].attention
+
+
+@pytest.mark.parametrize("documents", [ONE_DOCUMENT, DOCUMENTS], ids=["one-document", "packed"])
+@pytest.mark.parametrize("options", CASES)
+def test_layer_is_the_papers(options, documents):
+    model, attention, config = build(options)
+    model.double()
+    x = torch.randn(2, T, SIZE["dim"], dtype=torch.float64, requires_grad=True)
+    positions = positions_of(documents).expand(2, T)
+    actual = attention(x, model.get_attention_masks(positions), positions)
+    weights = {name: p.detach() for name, p in attention.named_parameters()}
+    x_ref = x.detach().clone().requires_grad_(True)
+    expected = torch.stack(
+        [
+            paper.layer(
+                row,
+                weights,
+                positions[0],
+                n_heads=4,
+                n_kv_heads=2,
+                kind=config.kind,
+                window=config.window,
+                feature_map=options.get("feature_map", "softmax"),
+                theta=5e5,
+            )
+            for row in x_ref
+        ]
+    )
+    # The norms and feature maps run in fp32 whatever the input: that is the precision to hold.
+    assert relative_error(actual, expected) < 1e-5
+    grad = torch.randn_like(actual)
+    actual.backward(grad)
+    expected.backward(grad)
+    assert relative_error(x.grad, x_ref.grad) < 1e-4
+
+
+def test_global_layer_has_no_positions():
+    model, attention, _ = build({"layer_kind": "rattention", "window": 5}, layer=1)
+    model.double()
+    x = torch.randn(1, T, SIZE["dim"], dtype=torch.float64)
+    positions = positions_of(ONE_DOCUMENT)[None]
+    weights = {name: p.detach() for name, p in attention.named_parameters()}
+    expected = paper.layer(
+        x[0], weights, positions[0], n_heads=4, n_kv_heads=2, kind="full", window=None, theta=None
+    )
+    assert attention.rope is None
+    assert relative_error(attention(x, model.get_attention_masks(positions), positions)[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["swa", "full"])
+def test_no_linear_parameters_without_a_linear_branch(kind):
+    _, attention, _ = build({"layer_kind": kind, "window": 5 if kind == "swa" else None})
+    names = {name for name, _ in attention.named_parameters()}
+    assert names == {"qkv_linear.wq.weight", "qkv_linear.wk.weight", "qkv_linear.wv.weight", "wo.weight"} | {
+        "q_norm.weight",
+        "k_norm.weight",
+    }
+
+
+def test_branches_share_the_projections():
+    """Beyond a sliding-window layer, RAttention has the two norms' scales and nothing else."""
+    _, swa, _ = build({"layer_kind": "swa", "window": 5})
+    _, rattention, _ = build({"layer_kind": "rattention", "window": 5})
+    extra = {name for name, _ in rattention.named_parameters()} - {name for name, _ in swa.named_parameters()}
+    assert extra == {"swa_norm.weight", "rla_norm.weight"}
+
+
+def norm(n_heads=2, head_dim=8) -> HeadRMSNorm:
+    module = HeadRMSNorm.Config(n_heads=n_heads, head_dim=head_dim).build()
+    torch.nn.init.normal_(module.weight, mean=1.0, std=0.1)
+    return module
+
+
+def test_zero_rows_carry_no_gradient():
+    """A gradient of 1e4 arriving on all-zero rows changes nothing anywhere; the plain formula multiplies it by 1e4."""
+    module = norm()
+    x = torch.randn(1, 6, 2, 8)
+    x[:, :3] = 0
+    gradients = []
+    for on_zero_rows in (0.0, 1e4):
+        leaf = x.clone().requires_grad_(True)
+        module.weight.grad = None
+        upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        upstream[:, :3] = on_zero_rows
+        module(leaf).backward(upstream)
+        assert torch.isfinite(leaf.grad).all()
+        gradients.append((leaf.grad, module.weight.grad.clone()))
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert torch.equal(gradients[0][1], gradients[1][1])
+    assert not gradients[1][0][:, :3].any()
+
+
+def test_head_norm_is_rms_norm_elsewhere():
+    module = norm().double()
+    x = torch.randn(2, 5, 2, 8, dtype=torch.float64)
+    assert relative_error(module(x), paper.rms_norm(x, module.weight.detach(), 1e-8)) < 1e-6
+
+
+def test_layer_gradients_ignore_rows_before_the_window_fills():
+    """1e4 on the linear branch's empty rows leaves every gradient of the layer as it was."""
+    model, attention, _ = build({"layer_kind": "rattention", "window": 5})
+    positions = positions_of(ONE_DOCUMENT)[None]
+    masks = model.get_attention_masks(positions)
+    x = torch.randn(1, T, SIZE["dim"])
+    grads = []
+    for scale in (0.0, 1e4):
+        attention.zero_grad()
+        handle = attention.rla_norm.register_full_backward_hook(
+            lambda module, grad_in, grad_out, scale=scale: None
+        )
+        captured = []
+        inner = attention.residual.register_forward_hook(lambda module, args, out: captured.append(out))
+        y = attention(x, masks, positions)
+        inner.remove()
+        handle.remove()
+        empty = torch.zeros_like(captured[0])
+        empty[:, :6] = scale
+        torch.autograd.backward([y, captured[0]], [torch.ones_like(y), empty])
+        grads.append({n: p.grad.clone() for n, p in attention.named_parameters()})
+    assert not captured[0][:, :6].any()
+    for name, gradient in grads[0].items():
+        assert torch.equal(gradient, grads[1][name]), name

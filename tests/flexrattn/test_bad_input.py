@@ -1,0 +1,145 @@
+"""Bad input: one line on stderr that says what was given and what would do, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import pytest
+
+from flexrattn.launch import main
+from tests.flexrattn.runs import train, write_config
+
+MISTAKES = {
+    "unknown-recipe": ({"recipe": "ratention"}, "unknown recipe 'ratention', did you mean 'rattention'?"),
+    "recipe-import": ({"recipe": "no_such_package:make"}, "ModuleNotFoundError: No module named 'no_such_package'"),
+    "recipe-argument": ({"recipe_args": {"windw": 4}}, "unknown recipe argument recipe_args.windw, did you mean 'window'?"),
+    "recipe-argument-type": ({"recipe_args": {"window": "wide"}}, "recipe_args.window must be int | None, got 'wide'"),
+    "unknown-section": ({"trainig": {"steps": 3}}, "unknown key trainig, did you mean 'training'?"),
+    "unknown-key": ({"training": {"step": 3}}, "unknown key training.step, did you mean 'steps'?"),
+    "wrong-type": ({"training": {"steps": "many"}}, "training.steps must be int, got 'many' (str)"),
+    "bool-is-no-int": ({"training": {"steps": True}}, "training.steps must be int, got True (bool)"),
+    "wrong-choice": ({"training": {"dtype": "int8"}}, "training.dtype must be one of 'bfloat16', 'float32', got 'int8'"),
+    "section-no-mapping": ({"training": 3}, "training must be a mapping"),
+    "wrong-policy": ({"activation_checkpoint": "some"}, "unknown activation_checkpoint 'some'"),
+    "negative-window": ({"recipe_args": {"window": -1}}, "window must be an integer >= 0"),
+    "swa-without-window": ({"recipe_args": {"layer_kind": "swa", "window": None}}, "'swa' needs a window"),
+    "heads": ({"recipe_args": {"model": {"n_kv_heads": 3}}}, "n_heads must be a multiple of n_kv_heads"),
+    "feature-map": ({"recipe_args": {"feature_map": "elu"}}, "unknown feature_map 'elu'"),
+    "flavor": ({"recipe_args": {"flavor": "7b"}}, "unknown flavor '7b'"),
+    "mask": ({"recipe_args": {"global_mask": "causl"}}, "did you mean 'causal'"),
+    "mask-import": (
+        {"recipe_args": {"global_mask": "no_such_package.masks:mine"}},
+        "No module named 'no_such_package'",
+    ),
+    "mask-argument": (
+        {"recipe_args": {"global_mask": "sliding_window", "global_mask_args": {"windw": 4}}},
+        "windw",
+    ),
+    "missing-data": ({"recipe_args": {"data_path": "/no/such/folder"}}, "/no/such/folder"),
+    "no-data-path": ({"recipe_args": {"data_path": None}}, "needs recipe_args.data_path"),
+    "vocabulary": ({"recipe_args": {"model": {"vocab_size": 100}}}, "100"),
+    "missing-tokenizer": ({"recipe_args": {"tokenizer": "huggingface"}, "hf_assets_path": "/no/tokenizer"}, "/no/tokenizer"),
+    "context-parallel": (
+        {"parallelism": {"context_parallel_degree": 2}},
+        "context_parallel_degree = 2 is not supported",
+    ),
+    "seq-len-of-model": (
+        {"training": {"seq_len": 64}, "recipe_args": {"model": {"max_seq_len": 32}}},
+        "training.seq_len 64 is more than the model's max_seq_len 32",
+    ),
+    "seq-len-of-loss": (
+        {"training": {"seq_len": 60}, "recipe_args": {"loss": "chunked"}},
+        "training.seq_len 60 must be a multiple of loss.num_chunks 8",
+    ),
+    "no-steps": ({"training": {"steps": 0}}, "must be positive"),
+    "batch": ({"training": {"global_batch_size": 6}}, "global batch size must be multiple of local batch size"),
+}
+
+FLAGS = {
+    "unknown-flag": (["--training.stps", "3"], "unknown flag --training.stps, did you mean 'steps'?"),
+    "unknown-flag-section": (["--trainin.steps", "3"], "unknown flag --trainin, did you mean 'training'?"),
+    "flag-type": (["--training.steps", "many"], "many"),
+    "flag-without-value": (["--recipe_args.window"], "--recipe_args.window needs a value"),
+    "recipe-flag": (["--recipe_args.window", "-3"], "window must be an integer >= 0"),
+}
+
+
+def refused(capsys, *args: str) -> str:
+    """The one line that `main` printed on stderr."""
+    assert main(list(args)) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("train.py: error:")]
+    assert len(lines) == 1, error
+    assert "Traceback" not in error
+    return lines[0]
+
+
+def merged(sections: dict) -> dict:
+    """`sections` with the recipe arguments that a tiny run needs kept beside the wrong one."""
+    from tests.flexrattn.runs import TINY
+
+    sections = {k: dict(v) if isinstance(v, dict) else v for k, v in sections.items()}
+    if isinstance(sections.get("recipe_args"), dict) and "model" in sections["recipe_args"]:
+        sections["recipe_args"]["model"] = {**TINY["recipe_args"]["model"], **sections["recipe_args"]["model"]}
+    return sections
+
+
+@pytest.mark.parametrize(("sections", "said"), MISTAKES.values(), ids=MISTAKES)
+def test_mistake_in_the_file(tmp_path, capsys, monkeypatch, sections, said):
+    monkeypatch.setenv("FLEXRATTN_DEVICE", "cpu")
+    config = write_config(tmp_path, **merged(sections))
+    assert said in refused(capsys, str(config))
+    assert not list((tmp_path / "out").rglob("step-*"))
+
+
+@pytest.mark.parametrize(("flags", "said"), FLAGS.values(), ids=FLAGS)
+def test_mistake_on_the_command_line(tmp_path, capsys, flags, said):
+    assert said in refused(capsys, str(write_config(tmp_path)), *flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("recipe: [", "is not valid YAML"),
+        ("- recipe", "must hold a mapping with a 'recipe', got list"),
+        ("training: {steps: 3}", "no 'recipe'; known recipes: rattention"),
+        ("recipe: rattention\nrecipe_args: 3", "recipe_args must be a mapping"),
+        ("", "must hold a mapping"),
+    ],
+    ids=["not-yaml", "list", "no-recipe", "recipe-args", "empty"],
+)
+def test_mistake_in_the_yaml(tmp_path, capsys, text, said):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    assert said in refused(capsys, str(path))
+
+
+def test_missing_file_suggests_one_that_exists(tmp_path, capsys):
+    write_config(tmp_path)
+    line = refused(capsys, str(tmp_path / "tny.yaml"))
+    assert "does not exist, did you mean" in line
+    assert "tiny.yaml" in line
+
+
+def test_no_file_shows_the_usage(capsys):
+    assert "usage: python train.py CONFIG.yaml" in refused(capsys)
+
+
+def test_empty_data_folder(tmp_path, capsys):
+    (tmp_path / "nothing").mkdir()
+    config = write_config(tmp_path, recipe_args={"data_path": str(tmp_path / "nothing")})
+    assert str(tmp_path / "nothing") in refused(capsys, str(config))
+
+
+def test_a_users_mask_that_raises_while_imported(tmp_path, capsys, monkeypatch):
+    (tmp_path / "my_masks.py").write_text("import a_package_i_forgot\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = write_config(tmp_path, recipe_args={"global_mask": "my_masks:mine"})
+    assert "No module named 'a_package_i_forgot'" in refused(capsys, str(config))
+
+
+def test_exit_code_of_the_script(tmp_path):
+    """The same through `python train.py`: exit code 2, one line, no traceback."""
+    done = train(write_config(tmp_path), "--training.stps", "3", check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("train.py: error: unknown flag --training.stps")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,202 @@
+"""Runs of train.py: nothing is lost, ranks agree, and checkpointing and compilation change no number they should not."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.flexrattn.runs import ROOT, command, environment, losses, train, write_config
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Path, dict[int, float]]:
+    """Twelve steps in one go, with a checkpoint every four."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    config = write_config(folder, training={"steps": 12})
+    done = train(config)
+    assert "Training starts at step 1" in done.stdout
+    return config, losses(folder / "out")
+
+
+def copy_run(config: Path, to: Path) -> Path:
+    """The same configuration and corpus with an output folder of its own."""
+    copied = to / config.name
+    text = config.read_text().replace(f"dump_folder: {config.parent}/out", f"dump_folder: {to}/out")
+    copied.write_text(text)
+    return copied
+
+
+def test_log_says_what_a_user_looks_for(tmp_path):
+    config = write_config(tmp_path, training={"steps": 6}, validator={"enable": True, "freq": 100, "steps": 2})
+    done = train(config)
+    log = done.stdout
+    assert re.search(r"step:  5  loss:\s+\d+\.\d+ .* tps: [\d,]+ .* time left: 0:00:0\d", log)
+    validated = re.findall(r"validate step:\s+(\d+)  loss:\s+([\d.]+)", log)
+    assert [step for step, _ in validated] == ["0", "6"]
+    assert float(validated[1][1]) < float(validated[0][1])
+    last = log.strip().splitlines()[-1]
+    assert f"Checkpoint: {tmp_path}/out/checkpoint/step-6." in last
+    assert f"tensorboard --logdir {tmp_path}/out/tb" in last
+    assert f"python train.py {config} --training.steps 12" in last
+    assert (tmp_path / "out/checkpoint/step-6/.metadata").is_file()
+    assert losses(tmp_path / "out", "validation_metrics/loss").keys() == {0, 6}
+
+
+def test_killed_run_resumes_bit_for_bit(uninterrupted, tmp_path):
+    """SIGKILL after the checkpoint of step 4, while later steps train; the same command ends on the same numbers."""
+    config, expected = uninterrupted
+    mine = copy_run(config, tmp_path)
+    process = subprocess.Popen(
+        command(mine), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if re.search(r"step:\s+6  loss", line):
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait(60) == -signal.SIGKILL, "".join(seen)[-2000:]
+    assert (tmp_path / "out/checkpoint/step-4/.metadata").is_file()
+    shutil.rmtree(tmp_path / "out/checkpoint/step-8", ignore_errors=True)
+    shutil.rmtree(tmp_path / "out/tb")
+    assert "Training starts at step 5" in train(mine).stdout
+    resumed = losses(tmp_path / "out")
+    assert list(resumed) == list(range(5, 13))
+    assert resumed == {step: expected[step] for step in resumed}
+
+
+def test_half_written_checkpoint_is_not_picked(uninterrupted, tmp_path):
+    """A folder without the metadata that a save writes last counts as no checkpoint, whatever else is in it."""
+    config, expected = uninterrupted
+    mine = copy_run(config, tmp_path)
+    shutil.copytree(config.parent / "out/checkpoint", tmp_path / "out/checkpoint")
+    shutil.copy(config.parent / "out/config.json", tmp_path / "out/config.json")
+    (tmp_path / "out/checkpoint/step-12/.metadata").unlink()
+    assert "Training starts at step 9" in train(mine).stdout
+    resumed = losses(tmp_path / "out")
+    assert resumed == {step: expected[step] for step in range(9, 13)}
+
+
+def test_finished_run_continues_with_more_steps(uninterrupted, tmp_path):
+    """Eight steps, then the same command with twelve, is twelve steps in one go; once done, it says so."""
+    config, expected = uninterrupted
+    mine = copy_run(config, tmp_path)
+    train(mine, "--training.steps", "8")
+    assert "Training starts at step 9" in train(mine, "--training.steps", "12").stdout
+    assert losses(tmp_path / "out") == expected
+    again = train(mine)
+    assert f"Nothing left to do: {tmp_path}/out is at step 12 of 12." in again.stdout
+    assert losses(tmp_path / "out") == expected
+
+
+def test_another_model_does_not_continue_a_folder(uninterrupted, tmp_path):
+    config, _ = uninterrupted
+    mine = copy_run(config, tmp_path)
+    shutil.copytree(config.parent / "out", tmp_path / "out")
+    refused = train(mine, "--recipe_args.window", "4", check=False)
+    assert refused.returncode == 2
+    assert "holds checkpoints of another model" in refused.stderr
+    assert "window was 8, is 4" in refused.stderr
+    assert "--dump_folder" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        pytest.param(2, {"training.local_batch_size": 2}, id="fsdp-2"),
+        pytest.param(2, {"parallelism.tensor_parallel_degree": 2}, id="tp-2"),
+        pytest.param(
+            4,
+            {
+                "training.local_batch_size": 2,
+                "parallelism.tensor_parallel_degree": 2,
+                "parallelism.data_parallel_replicate_degree": 2,
+                "parallelism.data_parallel_shard_degree": 1,
+            },
+            id="replicate-2-tp-2",
+        ),
+        pytest.param(
+            4,
+            {
+                "training.local_batch_size": 1,
+                "parallelism.data_parallel_replicate_degree": 2,
+                "parallelism.data_parallel_shard_degree": 2,
+            },
+            id="hsdp-2x2",
+        ),
+    ],
+)
+def test_ranks_agree_with_one_rank(uninterrupted, tmp_path, ranks, flags):
+    """At the same global batch, more ranks change the order of sums and nothing else."""
+    config, expected = uninterrupted
+    mine = copy_run(config, tmp_path)
+    train(mine, *(part for key, value in flags.items() for part in (f"--{key}", str(value))), ranks=ranks)
+    actual = losses(tmp_path / "out")
+    assert list(actual) == list(expected)
+    for step, loss in actual.items():
+        assert loss == pytest.approx(expected[step], rel=2e-5), step
+
+
+def test_learned_options_train_under_tensor_parallelism(tmp_path):
+    """The learned initial state is split by heads and the learned scales are shared: both must reduce alike."""
+    options = {"learned_initial_state": "true", "learned_qk_scale": "true"}
+    flags = [part for k, v in options.items() for part in (f"--recipe_args.{k}", v)]
+    runs = {}
+    for ranks, extra in ((1, []), (2, ["--parallelism.tensor_parallel_degree", "2"])):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        train(write_config(folder), *flags, *extra, ranks=ranks)
+        runs[ranks] = losses(folder / "out")
+    assert runs[2] == pytest.approx(runs[1], rel=2e-5)
+
+
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_activation_checkpointing_changes_no_bit(uninterrupted, tmp_path, policy):
+    config, expected = uninterrupted
+    mine = copy_run(config, tmp_path)
+    mine.write_text(mine.read_text() + f"activation_checkpoint: {policy}\n")
+    done = train(mine)
+    assert f"Applied {policy.capitalize()}AC activation checkpointing" in done.stdout
+    assert losses(tmp_path / "out") == expected
+
+
+def test_compiled_blocks_agree(uninterrupted, tmp_path):
+    config, expected = uninterrupted
+    mine = copy_run(config, tmp_path)
+    started = time.monotonic()
+    done = train(mine, "--compile.enable", "--training.steps", "4")
+    assert "Compiling each TransformerBlock with torch.compile" in done.stdout, time.monotonic() - started
+    for step, loss in losses(tmp_path / "out").items():
+        assert loss == pytest.approx(expected[step], rel=1e-4), step
+
+
+def test_checkpoint_of_two_ranks_resumes(uninterrupted, tmp_path):
+    """A killed two-rank run continues with two ranks: the data stream of each rank is where it was."""
+    config, expected = uninterrupted
+    mine = copy_run(config, tmp_path)
+    half = ["--training.local_batch_size", "2"]
+    train(mine, *half, "--training.steps", "8", ranks=2)
+    train(mine, *half, ranks=2)
+    actual = losses(tmp_path / "out")
+    assert list(actual) == list(expected)
+    assert list(actual.values()) == pytest.approx(list(expected.values()), rel=2e-5)
+    other = train(mine, "--training.steps", "16", check=False)
+    assert other.returncode != 0
+    assert "rank" in other.stderr + other.stdout
+
+
+def test_torch_sees_no_gpu_in_these_runs():
+    """The runs above ask for the CPU, so that they test the same thing on every machine."""
+    probe = "import flexrattn.platform as p; print(p.device_type())"
+    done = subprocess.run(
+        [command(Path("x"))[0], "-c", probe], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "cpu", (torch.cuda.is_available(), done.stderr)
