@@ -1,0 +1,154 @@
+"""The public op and the choice of its implementation."""
+
+import logging
+from enum import StrEnum
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from scan_kernels.chunked import chunked
+from scan_kernels.feature_maps import FeatureMap, parse_feature_map
+from scan_kernels.reference import token_loop
+from scan_kernels.state import ResidualState, begin, end
+from scan_kernels.validation import validate
+
+logger = logging.getLogger("scan_kernels")
+
+
+class Impl(StrEnum):
+    """AUTO takes the fastest that the tensors allow and says once which; the others never fall back."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"  # float64 token loop
+    TORCH = "torch"  # chunked, any device
+    TRITON = "triton"  # fused kernels
+
+
+_SOLVERS = {Impl.REFERENCE: token_loop, Impl.TORCH: chunked}
+_announced: set[str] = set()
+
+
+def _parse_impl(impl: Impl | str) -> Impl:
+    for each in Impl:
+        if impl == each.value:
+            return each
+    raise ValueError(f"impl must be one of {', '.join(Impl)}, got {impl!r}")
+
+
+# Runs while a graph is traced, so that compiled programs are told too.
+@torch.compiler.assume_constant_result
+def _choose(device_type: str) -> str:
+    chosen = Impl.TORCH.value
+    if device_type not in _announced:
+        _announced.add(device_type)
+        logger.info('residual_linear_attention: impl="auto" uses %r on %s', chosen, device_type)
+    return chosen
+
+
+@overload
+def residual_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    feature_map: FeatureMap | str = ...,
+    decay: Tensor | None = ...,
+    document_ids: Tensor | None = ...,
+    initial_state: Tensor | ResidualState | None = ...,
+    return_final_state: Literal[False] = ...,
+    impl: Impl | str = ...,
+) -> Tensor: ...
+@overload
+def residual_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    feature_map: FeatureMap | str = ...,
+    decay: Tensor | None = ...,
+    document_ids: Tensor | None = ...,
+    initial_state: Tensor | ResidualState | None = ...,
+    return_final_state: Literal[True],
+    impl: Impl | str = ...,
+) -> tuple[Tensor, ResidualState]: ...
+def residual_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    feature_map: FeatureMap | str = FeatureMap.SOFTMAX,
+    decay: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    initial_state: Tensor | ResidualState | None = None,
+    return_final_state: bool = False,
+    impl: Impl | str = Impl.AUTO,
+) -> Tensor | tuple[Tensor, ResidualState]:
+    """The keys that a sliding window leaves out, read through a linear state (arXiv 2506.15545, section 3).
+
+        S_t = exp(decay_t) S_{t-1} + phi(k_t)^T v_t
+        o_t = phi(q_t) S_{t - window - 1}
+
+    S_t before the first key is the initial state; without one, o_t is exactly 0 where no key is old enough. With
+    `window=None` (no softmax branch) o_t = phi(q_t) S_t. There is no denominator and no softmax scale.
+
+    Args:
+        q: (B, T, H, D), before RoPE. float32, bfloat16, float16 or float64, as k and v.
+        k: (B, T, G, D), H a multiple of G: query head h reads KV head h // (H / G).
+        v: (B, T, G, Dv).
+        window: previous keys that the softmax branch sees besides the query's own, >= 0, or None.
+        feature_map: phi, one of `available_feature_maps()`.
+        decay: (B, T, G), logarithmic, <= 0 (-inf forgets everything). It belongs to the *key*: key t's decay acts when
+            key t enters the state, window + 1 tokens after it was the query.
+        document_ids: (B, T) integers that never fall along T. A query reads keys of its own document alone, as if
+            the document were a sequence of its own.
+        initial_state: S before the first key. A Tensor (B, G, F, Dv) or, per query head, (B, H, F, Dv) is where *every*
+            document begins; decayed by the keys that enter. A `ResidualState` continues the sequence that returned it:
+            the running document goes on, later ones begin at the Tensor which that sequence began with (or zero).
+        return_final_state: also return the `ResidualState` behind the last token.
+        impl: "auto", "reference", "torch", "triton".
+
+    Returns:
+        o (B, T, H, Dv) in the dtype of q; with `return_final_state` the pair (o, state).
+
+    Raises:
+        ValueError: shapes, dtypes, options or the state do not fit; on CPU also falling ids and positive decay
+            (`check_values` looks on any device).
+        NotImplementedError: `impl="triton"` is not built.
+
+    States are summed in fp32 (float64 for float64 inputs), also under autocast. Differentiable in q, k, v, decay and
+    the initial state.
+    """
+    feature_map, impl = parse_feature_map(feature_map), _parse_impl(impl)
+    validate(
+        q,
+        k,
+        v,
+        window=window,
+        feature_map=feature_map,
+        decay=decay,
+        document_ids=document_ids,
+        initial_state=initial_state,
+    )
+    if impl is Impl.AUTO:
+        impl = _parse_impl(_choose(q.device.type))
+    if impl is Impl.TRITON:
+        raise NotImplementedError('impl="triton" is not built in this version; impl="torch" runs on every device')
+    problem = begin(
+        q,
+        k,
+        v,
+        window=window,
+        feature_map=feature_map,
+        decay_BTG=decay,
+        document_BT=document_ids,
+        initial_state=initial_state,
+    )
+    result = _SOLVERS[impl](problem)
+    if not return_final_state:
+        return result.o_BTHD
+    tokens_before = initial_state.tokens_seen if isinstance(initial_state, ResidualState) else 0
+    return result.o_BTHD, end(problem, result, window=window, tokens_before=tokens_before)
