@@ -1,0 +1,1 @@
+"""One file a mask; `score_mods.registry` gives them their names."""
