@@ -36,17 +36,16 @@ def main(args: list[str]) -> int:
         platform.ensure_process_group_environment()
         init_logger()
         trainer = config.build()
-    except USER_ERRORS as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
+        trainer.train()
+    except BaseException as error:
+        if trainer is not None:
+            trainer.close()
+        theirs = isinstance(error, USER_ERRORS) and not (trainer is not None and trainer.training_started)
+        if not theirs or os.environ.get(TRACEBACK_VARIABLE):
             raise
         _close()
         print(f"train.py: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
-    try:
-        trainer.train()
-    except BaseException:
-        trainer.close()
-        raise
     trainer.close()
     if platform.world_size() == 1 or int(os.environ["RANK"]) == 0:
         logger.info(_last_line(trainer, args))
@@ -68,7 +67,9 @@ def _last_line(trainer: Any, args: list[str]) -> str:
         said = [f"Nothing left to do: {folder} is at step {trainer.step} of {config.training.steps}."]
     losses = [metrics.validation_losses[s] for s in sorted(metrics.validation_losses)]
     if losses:
-        said.append("Validation loss " + " -> ".join(f"{loss:.3f}" for loss in (losses[0], losses[-1])[: len(losses)]) + ".")
+        said.append(
+            "Validation loss " + " -> ".join(f"{loss:.3f}" for loss in (losses[0], losses[-1])[: len(losses)]) + "."
+        )
     if config.checkpoint.enable:
         said.append(f"Checkpoint: {folder / config.checkpoint.folder / f'step-{trainer.step}'}.")
     if config.metrics.enable_tensorboard:

@@ -10,13 +10,19 @@ from tests.flexrattn.runs import train, write_config
 MISTAKES = {
     "unknown-recipe": ({"recipe": "ratention"}, "unknown recipe 'ratention', did you mean 'rattention'?"),
     "recipe-import": ({"recipe": "no_such_package:make"}, "ModuleNotFoundError: No module named 'no_such_package'"),
-    "recipe-argument": ({"recipe_args": {"windw": 4}}, "unknown recipe argument recipe_args.windw, did you mean 'window'?"),
+    "recipe-argument": (
+        {"recipe_args": {"windw": 4}},
+        "unknown recipe argument recipe_args.windw, did you mean 'window'?",
+    ),
     "recipe-argument-type": ({"recipe_args": {"window": "wide"}}, "recipe_args.window must be int | None, got 'wide'"),
     "unknown-section": ({"trainig": {"steps": 3}}, "unknown key trainig, did you mean 'training'?"),
     "unknown-key": ({"training": {"step": 3}}, "unknown key training.step, did you mean 'steps'?"),
     "wrong-type": ({"training": {"steps": "many"}}, "training.steps must be int, got 'many' (str)"),
     "bool-is-no-int": ({"training": {"steps": True}}, "training.steps must be int, got True (bool)"),
-    "wrong-choice": ({"training": {"dtype": "int8"}}, "training.dtype must be one of 'bfloat16', 'float32', got 'int8'"),
+    "wrong-choice": (
+        {"training": {"dtype": "int8"}},
+        "training.dtype must be one of 'bfloat16', 'float32', got 'int8'",
+    ),
     "section-no-mapping": ({"training": 3}, "training must be a mapping"),
     "wrong-policy": ({"activation_checkpoint": "some"}, "unknown activation_checkpoint 'some'"),
     "negative-window": ({"recipe_args": {"window": -1}}, "window must be an integer >= 0"),
@@ -36,7 +42,10 @@ MISTAKES = {
     "missing-data": ({"recipe_args": {"data_path": "/no/such/folder"}}, "/no/such/folder"),
     "no-data-path": ({"recipe_args": {"data_path": None}}, "needs recipe_args.data_path"),
     "vocabulary": ({"recipe_args": {"model": {"vocab_size": 100}}}, "100"),
-    "missing-tokenizer": ({"recipe_args": {"tokenizer": "huggingface"}, "hf_assets_path": "/no/tokenizer"}, "/no/tokenizer"),
+    "missing-tokenizer": (
+        {"recipe_args": {"tokenizer": "huggingface"}, "hf_assets_path": "/no/tokenizer"},
+        "/no/tokenizer",
+    ),
     "context-parallel": (
         {"parallelism": {"context_parallel_degree": 2}},
         "context_parallel_degree = 2 is not supported",

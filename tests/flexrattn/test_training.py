@@ -1,4 +1,4 @@
-"""Runs of train.py: nothing is lost, ranks agree, and checkpointing and compilation change no number they should not."""
+"""Runs of train.py: nothing is lost, ranks agree, checkpointing and compilation change no number they should not."""
 
 from __future__ import annotations
 
