@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch.nn as nn
@@ -26,6 +25,7 @@ from flexrattn.attention import (
     RAttention,
     ResidualLinearBranch,
 )
+from flexrattn.initializers import Normal
 from flexrattn.masked_attention import MaskedAttention
 from flexrattn.model import Block, GatedFeedForward, MaskSpec, RAttentionModel
 from flexrattn.suggest import choose
@@ -202,7 +202,7 @@ def build_model_config(size: Flavor, layers: Layers) -> RAttentionModel.Config:
         tok_embeddings=Embedding.Config(
             num_embeddings=size.vocab_size,
             embedding_dim=size.dim,
-            param_init={"weight": skip_param_init if size.tied else partial(nn.init.normal_, std=INIT_STD)},
+            param_init={"weight": skip_param_init if size.tied else Normal(INIT_STD)},
         ),
         norm=_norm(size, size.dim),
         lm_head=_linear(size.dim, size.vocab_size),
@@ -222,7 +222,7 @@ def _mask_of(kind: LayerKind, window: int | None, given: MaskSpec | None) -> tup
 
 
 def _linear_init(std: float = INIT_STD) -> dict[str, Any]:
-    return {"weight": partial(nn.init.normal_, std=std)}
+    return {"weight": Normal(std)}
 
 
 def _linear(n_in: int, n_out: int, std: float = INIT_STD) -> Linear.Config:
@@ -272,7 +272,7 @@ def _attention(size: Flavor, layers: Layers, *, local: bool, mask: str) -> RAtte
     head_norm = HeadRMSNorm.Config(n_heads=size.n_heads, head_dim=size.head_dim, param_init=ones)
     head_scale = HeadScale.Config(head_dim=size.head_dim, param_init=ones)
     # The authors draw both token tables with variance 1 / D.
-    token_init = partial(nn.init.normal_, std=size.head_dim**-0.5)
+    token_init = Normal(size.head_dim**-0.5)
     initial_state = LearnedInitialState.Config(
         n_heads=size.n_heads,
         head_dim=size.head_dim,

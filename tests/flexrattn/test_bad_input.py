@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flexrattn.launch import main
-from tests.flexrattn.runs import train, write_config
+from tests.flexrattn.runs import script, write_config
 
 MISTAKES = {
     "unknown-recipe": ({"recipe": "ratention"}, "unknown recipe 'ratention', did you mean 'rattention'?"),
@@ -148,7 +148,7 @@ def test_a_users_mask_that_raises_while_imported(tmp_path, capsys, monkeypatch):
 
 def test_exit_code_of_the_script(tmp_path):
     """The same through `python train.py`: exit code 2, one line, no traceback."""
-    done = train(write_config(tmp_path), "--training.stps", "3", check=False)
+    done = script(str(write_config(tmp_path)), "--training.stps", "3")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("train.py: error: unknown flag --training.stps")
     assert "Traceback" not in done.stderr

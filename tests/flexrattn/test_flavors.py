@@ -146,7 +146,7 @@ def test_refused_layers(options, said):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ({"n_kv_heads": 3}, "n_heads must be a multiple of n_kv_heads, got 4 query heads and 3 KV heads"),
+        ({"n_kv_heads": 3}, "n_heads must be a multiple of n_kv_heads, got 4 query and 3 KV heads"),
         ({"head_dim": 33}, "head_dim must be even .* got 33"),
         ({"dim": 0}, "dim must be a positive integer, got 0"),
         ({"activation": "selu"}, "unknown activation 'selu', did you mean 'silu'"),
