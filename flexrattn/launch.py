@@ -5,6 +5,7 @@ A mistake of the user ends in one line on stderr and exit code 2; FLEXRATTN_TRAC
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -30,6 +31,7 @@ def main(args: list[str]) -> int:
         return 0
     from torchtitan.tools.logging import init_logger, logger
 
+    logger.addFilter(_worth_saying)
     trainer = None
     try:
         config = YamlConfigManager().parse_args(args)
@@ -51,6 +53,11 @@ def main(args: list[str]) -> int:
         logger.info(_last_line(trainer, args))
     _close()
     return 0
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    # torchtitan's own default, warned of each time a checkpoint section is built or replaced.
+    return "initial_load_model_only=True has no effect" not in record.getMessage()
 
 
 def _close() -> None:

@@ -80,23 +80,32 @@ def train(config: Path, *flags: str, ranks: int = 1, check: bool = True, kill_at
 
     kill_at: SIGKILL every process once rank 0 has printed a line that matches the pattern.
     """
+    done = run([str(config), *flags], logs=config.parent, ranks=ranks, kill_at=kill_at)
+    if check and done.returncode:
+        raise AssertionError(f"exit code {done.returncode}\n{done.output[-4000:]}")
+    return done
+
+
+def run(
+    args: list[str], *, logs: Path, ranks: int = 1, kill_at: str | None = None, python_path: str | None = None
+) -> Finished:
+    """What `python train.py ARGS` does, its output kept in the folder `logs`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    config.parent.mkdir(parents=True, exist_ok=True)
-    logs = [config.parent / f"rank_{rank}.log" for rank in range(ranks)]
+    files = [logs / f"rank_{rank}.log" for rank in range(ranks)]
     processes = []
-    for rank, log in enumerate(logs):
+    for rank, log in enumerate(files):
         log.unlink(missing_ok=True)
         launch = {}
         if ranks > 1:
             launch = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes.append(_server.Process(target=_rank, args=([str(config), *flags], launch, str(log))))
+        processes.append(_server.Process(target=_rank, args=(args, launch, str(log), python_path)))
         processes[-1].start()
 
     def seen() -> bool:
-        return kill_at is not None and logs[0].exists() and re.search(kill_at, logs[0].read_text()) is not None
+        return kill_at is not None and files[0].exists() and re.search(kill_at, files[0].read_text()) is not None
 
     _wait(lambda: all(p.exitcode is not None for p in processes) or seen())
     for process in processes:
@@ -104,10 +113,7 @@ def train(config: Path, *flags: str, ranks: int = 1, check: bool = True, kill_at
             process.kill()
         process.join()
     worst = max((p.exitcode or 0 for p in processes), key=abs)
-    done = Finished(worst, logs[0].read_text())
-    if check and done.returncode:
-        raise AssertionError(f"exit code {done.returncode}\n{done.output[-4000:]}")
-    return done
+    return Finished(worst, files[0].read_text())
 
 
 def _wait(done: Callable[[], bool]) -> None:
@@ -118,7 +124,7 @@ def _wait(done: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def _rank(args: list[str], launch: dict[str, str], log: str) -> None:
+def _rank(args: list[str], launch: dict[str, str], log: str, python_path: str | None) -> None:
     """The body of one process."""
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -126,6 +132,8 @@ def _rank(args: list[str], launch: dict[str, str], log: str) -> None:
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.environ.update(launch)
+    if python_path is not None:
+        sys.path.insert(0, python_path)
     import torchtitan.trainer
 
     from flexrattn.launch import main
