@@ -10,7 +10,7 @@ train: $(READY)
 	$(PY) train.py configs/debug.yaml
 
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(VENV)/bin/ruff format --check .

@@ -22,8 +22,7 @@ from torchtitan.protocols.module import Module
 
 from flexrattn.masked_attention import Mask, MaskedAttention
 from flexrattn.packing import document_ids_from_positions
-from scan_kernels import residual_linear_attention
-from scan_kernels.feature_maps import apply_feature_map
+from scan_kernels import initial_state_from_pairs, residual_linear_attention
 
 
 class LayerKind(StrEnum):
@@ -102,8 +101,8 @@ class LearnedInitialState(Module):
     def forward(self) -> torch.Tensor:
         # Heads are split over tensor-parallel ranks, and a head's state needs that head alone.
         k_HMD, v_HMD = (x.to_local() if isinstance(x, DTensor) else x for x in (self.k_tokens, self.v_tokens))
-        features_HMF = apply_feature_map(_at_least_fp32(k_HMD), self.feature_map)
-        return features_HMF.transpose(-1, -2) @ _at_least_fp32(v_HMD)
+        k_BMHD, v_BMHD = k_HMD.transpose(0, 1)[None], v_HMD.transpose(0, 1)[None]
+        return initial_state_from_pairs(k_BMHD, v_BMHD, feature_map=self.feature_map)[0]
 
 
 class ResidualLinearBranch(Module):
@@ -177,9 +176,9 @@ class RAttention(GQAttention):
         self.mask = config.mask
         # GQAttention builds both; a branch that is not there must not leave modules or buffers behind.
         if not config.has_softmax:
-            self.inner_attention: MaskedAttention | None = None  # type: ignore[assignment]
+            self.inner_attention: MaskedAttention | None = None
         if not (config.use_rope and config.has_softmax):
-            self.rope = None  # type: ignore[assignment]
+            self.rope = None
         self.residual = config.residual.build() if config.residual else None
         self.swa_norm = config.swa_norm.build() if config.swa_norm else None
         self.rla_norm = config.rla_norm.build() if config.rla_norm else None

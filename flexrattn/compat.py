@@ -48,7 +48,7 @@ def fill() -> None:
             f"flexrattn needs torch 2.11 or newer (2.14 is what torchtitan 0.3.0 is made for), got {torch.__version__}"
         )
     if not hasattr(fsdp, "DataParallelMeshDims"):
-        fsdp.DataParallelMeshDims = _DataParallelMeshDims  # type: ignore[attr-defined, misc]
+        setattr(fsdp, "DataParallelMeshDims", _DataParallelMeshDims)  # noqa: B010 (the name is new to this torch)
         filled.append("torch.distributed.fsdp.DataParallelMeshDims")
     if not hasattr(dist, "set_timeout"):
         dist.set_timeout = _set_timeout
@@ -56,7 +56,7 @@ def fill() -> None:
 
 
 def default_spmd_backend() -> str:
-    """torchtitan's default backend needs torch 2.14 for more than one rank; DTensor on the model axes works everywhere."""
+    """torchtitan's own default needs torch 2.14 for several ranks; DTensor on the model axes works everywhere."""
     return "spmd_types" if torch_version() >= TITAN_TORCH else "partial_dtensor"
 
 

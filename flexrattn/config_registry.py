@@ -89,7 +89,7 @@ def rattention(
             dataset=data, dataset_path=data_path, site_packages=site_packages, split=split, infinite=split == "train"
         )
 
-    cross_entropy = CrossEntropyLoss.Config(global_vocab_size=spec.model.vocab_size)  # type: ignore[attr-defined]
+    cross_entropy = CrossEntropyLoss.Config(global_vocab_size=spec.model.vocab_size)
     chosen_loss: BaseLoss.Config = cross_entropy
     if loss == "chunked":
         chosen_loss = ChunkedLossWrapper.Config(loss_fn=cross_entropy)

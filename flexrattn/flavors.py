@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch.nn as nn
@@ -26,6 +25,7 @@ from flexrattn.attention import (
     RAttention,
     ResidualLinearBranch,
 )
+from flexrattn.initializers import Normal
 from flexrattn.masked_attention import MaskedAttention
 from flexrattn.model import Block, GatedFeedForward, MaskSpec, RAttentionModel
 from flexrattn.suggest import choose
@@ -60,7 +60,7 @@ class Flavor:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
-                f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} query heads and {self.n_kv_heads} KV heads"
+                f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} query and {self.n_kv_heads} KV heads"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
@@ -69,16 +69,21 @@ class Flavor:
 
 FLAVORS: dict[str, Flavor] = {
     "debug": Flavor(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, ffn_dim=384, vocab_size=320),
-    "30m": Flavor(
-        dim=512, n_layers=8, n_heads=8, n_kv_heads=2, head_dim=64, ffn_dim=1344, vocab_size=8192, tied=False
-    ),
+    "30m": Flavor(dim=512, n_layers=8, n_heads=8, n_kv_heads=2, head_dim=64, ffn_dim=1344, vocab_size=8192, tied=False),
     "150m": Flavor(dim=1024, n_layers=12, n_heads=16, n_kv_heads=4, head_dim=64, ffn_dim=2304, vocab_size=32768),
     "400m": Flavor(dim=1024, n_layers=24, n_heads=16, n_kv_heads=4, head_dim=64, ffn_dim=4096, vocab_size=32768),
     "3b": Flavor(
         dim=2048, n_layers=56, n_heads=16, n_kv_heads=4, head_dim=128, ffn_dim=6656, activation="gelu", vocab_size=49152
     ),
     "12b": Flavor(
-        dim=5120, n_layers=40, n_heads=40, n_kv_heads=8, head_dim=128, ffn_dim=16384, activation="gelu", vocab_size=49152
+        dim=5120,
+        n_layers=40,
+        n_heads=40,
+        n_kv_heads=8,
+        head_dim=128,
+        ffn_dim=16384,
+        activation="gelu",
+        vocab_size=49152,
     ),
 }
 
@@ -141,8 +146,8 @@ def make_layers(
             raise ValueError(f"{name}_args given without {name}: name the mask they belong to")
     if kind is LayerKind.RATTENTION and local_mask is not None:
         raise ValueError(
-            f"local_mask {local_mask!r} does not go with layer_kind 'rattention': the linear branch reads what a sliding "
-            "window leaves out, and other masks leave out something else; use layer_kind 'swa' or 'full'"
+            f"local_mask {local_mask!r} does not go with layer_kind 'rattention': the linear branch reads what a "
+            "sliding window leaves out, and other masks leave out something else; use layer_kind 'swa' or 'full'"
         )
     return Layers(
         kind=kind,
@@ -197,7 +202,7 @@ def build_model_config(size: Flavor, layers: Layers) -> RAttentionModel.Config:
         tok_embeddings=Embedding.Config(
             num_embeddings=size.vocab_size,
             embedding_dim=size.dim,
-            param_init={"weight": skip_param_init if size.tied else partial(nn.init.normal_, std=INIT_STD)},
+            param_init={"weight": skip_param_init if size.tied else Normal(INIT_STD)},
         ),
         norm=_norm(size, size.dim),
         lm_head=_linear(size.dim, size.vocab_size),
@@ -217,7 +222,7 @@ def _mask_of(kind: LayerKind, window: int | None, given: MaskSpec | None) -> tup
 
 
 def _linear_init(std: float = INIT_STD) -> dict[str, Any]:
-    return {"weight": partial(nn.init.normal_, std=std)}
+    return {"weight": Normal(std)}
 
 
 def _linear(n_in: int, n_out: int, std: float = INIT_STD) -> Linear.Config:
@@ -267,7 +272,7 @@ def _attention(size: Flavor, layers: Layers, *, local: bool, mask: str) -> RAtte
     head_norm = HeadRMSNorm.Config(n_heads=size.n_heads, head_dim=size.head_dim, param_init=ones)
     head_scale = HeadScale.Config(head_dim=size.head_dim, param_init=ones)
     # The authors draw both token tables with variance 1 / D.
-    token_init = partial(nn.init.normal_, std=size.head_dim**-0.5)
+    token_init = Normal(size.head_dim**-0.5)
     initial_state = LearnedInitialState.Config(
         n_heads=size.n_heads,
         head_dim=size.head_dim,

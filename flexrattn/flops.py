@@ -1,4 +1,4 @@
-"""True FLOPs of a training step, so that MFU compares layers by the work they need and not by the work of full attention.
+"""True FLOPs of a training step, so that MFU charges a layer the work it needs and not that of full attention.
 
 Counted per token, forward plus twice that for the backward, a multiply-add as two:
 
@@ -52,6 +52,6 @@ def nparams_and_flops_per_token(config: Any, model: torch.nn.Module, seq_len: in
     """Parameters of `model`, and FLOPs per token of its training step at `seq_len`, recomputation not counted."""
     nparams = sum(p.numel() for p in model.parameters())
     lookup = 0 if config.enable_weight_tying else config.vocab_size * config.dim
-    forward = 2 * (nparams - lookup)
+    forward = 2.0 * (nparams - lookup)
     forward += sum(attention_flops_per_token(layer.attention, seq_len) for layer in config.layers)
     return nparams, int(TRAINING_FACTOR * forward)

@@ -5,6 +5,7 @@ A mistake of the user ends in one line on stderr and exit code 2; FLEXRATTN_TRAC
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -30,28 +31,33 @@ def main(args: list[str]) -> int:
         return 0
     from torchtitan.tools.logging import init_logger, logger
 
+    logger.addFilter(_worth_saying)
     trainer = None
     try:
         config = YamlConfigManager().parse_args(args)
         platform.ensure_process_group_environment()
         init_logger()
         trainer = config.build()
-    except USER_ERRORS as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
+        trainer.train()
+    except BaseException as error:
+        if trainer is not None:
+            trainer.close()
+        theirs = isinstance(error, USER_ERRORS) and not (trainer is not None and trainer.training_started)
+        if not theirs or os.environ.get(TRACEBACK_VARIABLE):
             raise
         _close()
         print(f"train.py: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
-    try:
-        trainer.train()
-    except BaseException:
-        trainer.close()
-        raise
     trainer.close()
     if platform.world_size() == 1 or int(os.environ["RANK"]) == 0:
         logger.info(_last_line(trainer, args))
     _close()
     return 0
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    # torchtitan's own default, warned of each time a checkpoint section is built or replaced.
+    return "initial_load_model_only=True has no effect" not in record.getMessage()
 
 
 def _close() -> None:
@@ -68,7 +74,9 @@ def _last_line(trainer: Any, args: list[str]) -> str:
         said = [f"Nothing left to do: {folder} is at step {trainer.step} of {config.training.steps}."]
     losses = [metrics.validation_losses[s] for s in sorted(metrics.validation_losses)]
     if losses:
-        said.append("Validation loss " + " -> ".join(f"{loss:.3f}" for loss in (losses[0], losses[-1])[: len(losses)]) + ".")
+        said.append(
+            "Validation loss " + " -> ".join(f"{loss:.3f}" for loss in (losses[0], losses[-1])[: len(losses)]) + "."
+        )
     if config.checkpoint.enable:
         said.append(f"Checkpoint: {folder / config.checkpoint.folder / f'step-{trainer.step}'}.")
     if config.metrics.enable_tensorboard:

@@ -15,7 +15,7 @@ from flexrattn import flops
 from flexrattn.attention import RAttention
 from flexrattn.masked_attention import Mask
 from flexrattn.packing import document_ids_from_positions
-from score_mods import MaskMod, all_of, build_block_mask, dense_mask, make_mask
+from score_mods import MaskMod, all_of, build_block_mask, dense_mask, document, make_mask
 
 
 class GatedFeedForward(FeedForward):
@@ -105,10 +105,15 @@ class RAttentionModel(Decoder):
         Keeps a pair when the layer's mask keeps it and both tokens are of one document.
         """
         batch, tokens = positions.shape
-        same_document = make_mask("document", document_ids=document_ids_from_positions(positions))
-        shape = {"batch": batch, "heads": None, "q_len": tokens, "kv_len": tokens, "device": positions.device}
+        # Not by name: `make_mask` tries a mask out, which would wait for the device once a batch.
+        same_document = document(document_ids_from_positions(positions))
         build = dense_mask if positions.device.type == "cpu" else build_block_mask
-        return {key: build(all_of(mask, same_document), **shape) for key, mask in self.mask_mods.items()}
+
+        def of_batch(mask: MaskMod) -> Mask:
+            whole = all_of(mask, same_document)
+            return build(whole, batch=batch, heads=None, q_len=tokens, kv_len=tokens, device=positions.device)
+
+        return {key: of_batch(mask) for key, mask in self.mask_mods.items()}
 
 
 def log_layers(config: RAttentionModel.Config, seq_len: int) -> None:
@@ -126,7 +131,7 @@ def log_layers(config: RAttentionModel.Config, seq_len: int) -> None:
 
 
 def describe_layer(attention: RAttention.Config) -> str:
-    """"rattention(window 512, softmax)": kind, window, feature map, and the mask where it is not the kind's own."""
+    """ "rattention(window 512, softmax)": kind, window, feature map, and the mask where it is not the kind's own."""
     details = []
     if attention.kind != "full":
         details.append("no window" if attention.window is None else f"window {attention.window}")

@@ -17,7 +17,7 @@ DEVICE_VARIABLE = "FLEXRATTN_DEVICE"
 
 
 def device_type() -> str:
-    """"cuda" where a GPU can be used and FLEXRATTN_DEVICE does not ask for the CPU, else "cpu"."""
+    """ "cuda" where a GPU can be used and FLEXRATTN_DEVICE does not ask for the CPU, else "cpu"."""
     wanted = os.environ.get(DEVICE_VARIABLE)
     if wanted not in (None, "", "cpu", "cuda"):
         raise ValueError(f"{DEVICE_VARIABLE} must be 'cpu' or 'cuda', got {wanted!r}")

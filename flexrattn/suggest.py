@@ -15,6 +15,6 @@ def choose(given: object, known: Iterable[str], *, what: str) -> str:
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """", did you mean 'window'?" or nothing."""
+    """ ", did you mean 'window'?" or nothing."""
     close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""

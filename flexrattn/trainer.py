@@ -21,6 +21,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from flexrattn import compat, platform
+from flexrattn.data.text import TextDataLoader, check_saved_dp_degree
 from flexrattn.data.tokenizer import check_vocabulary
 from flexrattn.model import RAttentionModel, log_layers
 
@@ -108,12 +109,19 @@ class RAttentionTrainer(Trainer):
 
     validator: BeforeAfterValidator
     metrics_processor: ProgressMetrics
+    # Until data is asked for, what goes wrong is the configuration's or the checkpoint's: one line, no traceback.
+    training_started: bool = False
 
     def __init__(self, config: Config):
         check_before_start(config)
         super().__init__(config)
+        checkpoint = newest_checkpoint(config)
+        if checkpoint is not None and isinstance(config.dataloader, TextDataLoader.Config):
+            check_saved_dp_degree(checkpoint, self.dataloader.dp_world_size)
         if compat.filled:
-            logger.info(f"torch {torch.__version__} lacks what torchtitan 0.3.0 names; filled: {', '.join(compat.filled)}")
+            logger.info(
+                f"torch {torch.__version__} lacks what torchtitan 0.3.0 names; filled: {', '.join(compat.filled)}"
+            )
         assert config.model_spec is not None
         assert isinstance(config.model_spec.model, RAttentionModel.Config)
         log_layers(config.model_spec.model, config.training.seq_len)
@@ -125,6 +133,10 @@ class RAttentionTrainer(Trainer):
         ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
         total = tokens * ranks * config.training.steps
         logger.info(f"{tokens * ranks:,} tokens a step, {total:,} in {config.training.steps} steps")
+
+    def batch_generator(self, data_iterable: Any) -> Iterator[Any]:
+        self.training_started = True
+        return super().batch_generator(data_iterable)
 
     def train_step(self, data_iterator: Iterator[Any]) -> None:
         if self.step == 1 and self.config.validator.enable:
@@ -170,20 +182,29 @@ def model_fingerprint(config: Any) -> Any:
     return config
 
 
+def newest_checkpoint(config: Trainer.Config) -> Path | None:
+    """The folder that a run with this configuration resumes from: the newest step with metadata, written last."""
+    if not config.checkpoint.enable:
+        return None
+    folder = Path(config.dump_folder) / config.checkpoint.folder
+    wanted = "*" if config.checkpoint.load_step == -1 else str(config.checkpoint.load_step)
+    complete = [path.parent for path in folder.glob(f"step-{wanted}/.metadata")]
+    return max(complete, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+
+
 def check_resumed_model(config: RAttentionTrainer.Config) -> None:
     """Refuse to continue a folder's checkpoints with another model: shapes may fit where meanings do not."""
     assert config.model_spec is not None
-    folder = Path(config.dump_folder)
-    saved = folder / CONFIG_FILE
-    checkpoints = folder / config.checkpoint.folder
-    if not (config.checkpoint.enable and saved.is_file() and any(checkpoints.glob("step-*/.metadata"))):
+    saved = Path(config.dump_folder) / CONFIG_FILE
+    checkpoint = newest_checkpoint(config)
+    if checkpoint is None or not saved.is_file():
         return
     before = model_fingerprint(json.loads(saved.read_text())["model_spec"]["model"])
     now = model_fingerprint(json.loads(json.dumps(config.model_spec.model.to_dict())))
     if before != now:
         raise ValueError(
-            f"{checkpoints} holds checkpoints of another model ({_first_difference(before, now)}): choose another "
-            "--dump_folder, or start from its weights with --checkpoint.initial_load_path"
+            f"{checkpoint.parent} holds checkpoints of another model ({_first_difference(before, now)}): choose "
+            "another --dump_folder, or start from its weights with --checkpoint.initial_load_path"
         )
 
 

@@ -16,14 +16,19 @@ import dataclasses
 import importlib
 import inspect
 import io
+import logging
 import re
 import types
 import typing
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import tyro
 import yaml
 from torchtitan.config import ConfigManager
+from torchtitan.config.manager import custom_registry
 
 from flexrattn.suggest import choose, did_you_mean
 
@@ -43,20 +48,29 @@ class YamlConfigManager(ConfigManager):
         _check_flag_names(config, flags)
         return config, flags
 
-    def _validate_config(self) -> None:
-        # torchtitan warns here when hf_assets_path does not exist; a tokenizer that needs the folder says so itself.
-        return
-
     def parse_args(self, args: list[str] | None = None) -> Any:
         assert args is not None
-        if any(flag in ("-h", "--help") for flag in args):
-            return super().parse_args(args)
+        loaded, flags = self._load_config(args)
+        parse = partial(tyro.cli, type(loaded), args=flags, default=loaded, registry=custom_registry)
+        if any(flag in ("-h", "--help") for flag in flags):
+            return parse()
         printed = io.StringIO()
         try:
-            with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-                return super().parse_args(args)
+            with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed), _quiet():
+                self.config = parse()
         except SystemExit as stop:
             raise ValueError(f"bad command line: {_one_line(printed.getvalue())}") from stop
+        return self.config
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No log lines: tyro builds the dataclasses again, and what they warn of has been said."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -295,5 +309,6 @@ def _check_flag_names(config: Any, flags: list[str]) -> None:
 def _one_line(text: str) -> str:
     """A tool's message without its frame: box characters, colours and line breaks folded away."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    text = re.sub(r"[│╭╮╰╯─━┃┏┓┗┛]+", " ", text)
+    text = re.sub(r"[│╭╮╰╯─━┃┏┓┗┛]+|-{5,}", " ", text)
+    text = re.sub(r"For full helptext.*", "", text, flags=re.DOTALL)
     return " ".join(text.split())

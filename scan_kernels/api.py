@@ -25,15 +25,17 @@ class Impl(StrEnum):
     TRITON = "triton"  # fused kernels
 
 
+# Dynamo of torch 2.11 cannot iterate over an enum class.
+_IMPLS = tuple(Impl)
 _SOLVERS = {Impl.REFERENCE: token_loop, Impl.TORCH: chunked}
 _announced: set[str] = set()
 
 
 def _parse_impl(impl: Impl | str) -> Impl:
-    for each in Impl:
+    for each in _IMPLS:
         if impl == each.value:
             return each
-    raise ValueError(f"impl must be one of {', '.join(Impl)}, got {impl!r}")
+    raise ValueError(f"impl must be one of {', '.join(_IMPLS)}, got {impl!r}")
 
 
 # Runs while a graph is traced, so that compiled programs are told too.

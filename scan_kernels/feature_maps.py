@@ -17,15 +17,17 @@ class FeatureMap(StrEnum):
     IDENTITY = "identity"  # x
 
 
+# Dynamo of torch 2.11 cannot iterate over an enum class.
+_FEATURE_MAPS = tuple(FeatureMap)
 PAIRED = (FeatureMap.SOFTMAX, FeatureMap.RELU)
 
 
 def available_feature_maps() -> tuple[str, ...]:
-    return tuple(each.value for each in FeatureMap)
+    return tuple(each.value for each in _FEATURE_MAPS)
 
 
 def parse_feature_map(feature_map: FeatureMap | str) -> FeatureMap:
-    for each in FeatureMap:
+    for each in _FEATURE_MAPS:
         if feature_map == each.value:
             return each
     raise ValueError(f"feature_map must be one of {', '.join(available_feature_maps())}, got {feature_map!r}")

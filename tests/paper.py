@@ -111,9 +111,7 @@ def layer(
         if "initial_state.k_tokens" in weights:
             k_tokens, v_tokens = weights["initial_state.k_tokens"], weights["initial_state.v_tokens"]
             state = [phi(k_tokens[h], feature_map).T @ v_tokens[h] for h in range(n_heads)]
-        rla = linear_branch(
-            q_lin, k_lin, v, positions, window=window, feature_map=feature_map, initial_state=state
-        )
+        rla = linear_branch(q_lin, k_lin, v, positions, window=window, feature_map=feature_map, initial_state=state)
         if "rla_norm.weight" in weights:
             rla = rms_norm(rla, weights["rla_norm.weight"], norm_eps)
         branches.append(rla)

@@ -1,15 +1,30 @@
-"""Real training runs for the tests: a tiny model on a tiny corpus, through the same `main` that `train.py` calls."""
+"""Real training runs for the tests: a tiny model on a tiny corpus, each in processes of its own.
+
+Importing torch and torchtitan takes ten seconds here, so the processes are forked from a server that has imported them
+(and nothing else: no thread, no gradient, no process group). They run the same `main` that `train.py` calls.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import re
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
 
 ROOT = Path(__file__).parents[2]
+TIMEOUT = 300
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["tests.flexrattn.preload"])
 
 # Small enough that a step takes a few milliseconds, with every part of the model in place.
 TINY = {
@@ -52,27 +67,94 @@ def write_config(folder: Path, **sections) -> Path:
     return path
 
 
-def environment(**extra: str) -> dict[str, str]:
-    """For a run of its own: the CPU, one thread, no launch variables of the process that runs the tests."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    return {**inherited, "FLEXRATTN_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **extra}
+@dataclass
+class Finished:
+    """What a run left: the exit code of its worst rank, and what rank 0 printed on both streams."""
+
+    returncode: int
+    output: str
 
 
-def command(config: Path, *flags: str, ranks: int = 1) -> list[str]:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return [*launcher, str(ROOT / "train.py"), str(config), *flags]
+def train(config: Path, *flags: str, ranks: int = 1, check: bool = True, kill_at: str | None = None) -> Finished:
+    """Train on `ranks` processes; with `check`, a failure shows the end of what was printed.
 
-
-def train(config: Path, *flags: str, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run train.py in processes of its own; with `check`, a failure shows the end of what it printed."""
-    done = subprocess.run(
-        command(config, *flags, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
-    )
+    kill_at: SIGKILL every process once rank 0 has printed a line that matches the pattern.
+    """
+    done = run([str(config), *flags], logs=config.parent, ranks=ranks, kill_at=kill_at)
     if check and done.returncode:
-        raise AssertionError(f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        raise AssertionError(f"exit code {done.returncode}\n{done.output[-4000:]}")
     return done
+
+
+def run(
+    args: list[str], *, logs: Path, ranks: int = 1, kill_at: str | None = None, python_path: str | None = None
+) -> Finished:
+    """What `python train.py ARGS` does, its output kept in the folder `logs`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    files = [logs / f"rank_{rank}.log" for rank in range(ranks)]
+    processes = []
+    for rank, log in enumerate(files):
+        log.unlink(missing_ok=True)
+        launch = {}
+        if ranks > 1:
+            launch = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes.append(_server.Process(target=_rank, args=(args, launch, str(log), python_path)))
+        processes[-1].start()
+
+    def seen() -> bool:
+        return kill_at is not None and files[0].exists() and re.search(kill_at, files[0].read_text()) is not None
+
+    _wait(lambda: all(p.exitcode is not None for p in processes) or seen())
+    for process in processes:
+        if process.exitcode is None:
+            process.kill()
+        process.join()
+    worst = max((p.exitcode or 0 for p in processes), key=abs)
+    return Finished(worst, files[0].read_text())
+
+
+def _wait(done: Callable[[], bool]) -> None:
+    started = time.monotonic()
+    while not done():
+        if time.monotonic() - started > TIMEOUT:
+            return
+        time.sleep(0.02)
+
+
+def _rank(args: list[str], launch: dict[str, str], log: str, python_path: str | None) -> None:
+    """The body of one process."""
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    os.environ.update(launch)
+    if python_path is not None:
+        sys.path.insert(0, python_path)
+    import torchtitan.trainer
+
+    from flexrattn.launch import main
+
+    # It ends with two seconds of waiting for other ranks' last lines; every rank has a log of its own here.
+    torchtitan.trainer.time = SimpleNamespace(sleep=lambda seconds: None, perf_counter=time.perf_counter)
+
+    sys.exit(main(args))
+
+
+def script(*args: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """`python train.py ARGS` itself, or under a launcher's `-m` arguments, as a user types it."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "train.py"), *args],
+        cwd=ROOT,
+        env=inherited,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
 
 
 def losses(out: Path, tag: str = "loss_metrics/global_avg_loss") -> dict[int, float]:
@@ -84,6 +166,5 @@ def losses(out: Path, tag: str = "loss_metrics/global_avg_loss") -> dict[int, fl
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
                 if value.tag == tag and event.wall_time >= found.get(event.step, (0.0, 0.0))[0]:
-                    number = value.tensor.float_val[0] if value.HasField("tensor") else value.simple_value
-                    found[event.step] = (event.wall_time, number)
+                    found[event.step] = (event.wall_time, value.tensor.float_val[0])
     return {step: number for step, (_, number) in sorted(found.items())}

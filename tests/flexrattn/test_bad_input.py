@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from flexrattn.launch import main
-from tests.flexrattn.runs import train, write_config
+from tests.flexrattn.runs import TINY, run, script, write_config
 
 MISTAKES = {
     "unknown-recipe": ({"recipe": "ratention"}, "unknown recipe 'ratention', did you mean 'rattention'?"),
     "recipe-import": ({"recipe": "no_such_package:make"}, "ModuleNotFoundError: No module named 'no_such_package'"),
-    "recipe-argument": ({"recipe_args": {"windw": 4}}, "unknown recipe argument recipe_args.windw, did you mean 'window'?"),
+    "recipe-argument": (
+        {"recipe_args": {"windw": 4}},
+        "unknown recipe argument recipe_args.windw, did you mean 'window'?",
+    ),
     "recipe-argument-type": ({"recipe_args": {"window": "wide"}}, "recipe_args.window must be int | None, got 'wide'"),
     "unknown-section": ({"trainig": {"steps": 3}}, "unknown key trainig, did you mean 'training'?"),
     "unknown-key": ({"training": {"step": 3}}, "unknown key training.step, did you mean 'steps'?"),
     "wrong-type": ({"training": {"steps": "many"}}, "training.steps must be int, got 'many' (str)"),
     "bool-is-no-int": ({"training": {"steps": True}}, "training.steps must be int, got True (bool)"),
-    "wrong-choice": ({"training": {"dtype": "int8"}}, "training.dtype must be one of 'bfloat16', 'float32', got 'int8'"),
+    "wrong-choice": (
+        {"training": {"dtype": "int8"}},
+        "training.dtype must be one of 'bfloat16', 'float32', got 'int8'",
+    ),
     "section-no-mapping": ({"training": 3}, "training must be a mapping"),
     "wrong-policy": ({"activation_checkpoint": "some"}, "unknown activation_checkpoint 'some'"),
     "negative-window": ({"recipe_args": {"window": -1}}, "window must be an integer >= 0"),
@@ -36,7 +43,10 @@ MISTAKES = {
     "missing-data": ({"recipe_args": {"data_path": "/no/such/folder"}}, "/no/such/folder"),
     "no-data-path": ({"recipe_args": {"data_path": None}}, "needs recipe_args.data_path"),
     "vocabulary": ({"recipe_args": {"model": {"vocab_size": 100}}}, "100"),
-    "missing-tokenizer": ({"recipe_args": {"tokenizer": "huggingface"}, "hf_assets_path": "/no/tokenizer"}, "/no/tokenizer"),
+    "missing-tokenizer": (
+        {"recipe_args": {"tokenizer": "huggingface"}, "hf_assets_path": "/no/tokenizer"},
+        "/no/tokenizer",
+    ),
     "context-parallel": (
         {"parallelism": {"context_parallel_degree": 2}},
         "context_parallel_degree = 2 is not supported",
@@ -62,20 +72,19 @@ FLAGS = {
 }
 
 
-def refused(capsys, *args: str) -> str:
-    """The one line that `main` printed on stderr."""
-    assert main(list(args)) == 2
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.startswith("train.py: error:")]
-    assert len(lines) == 1, error
-    assert "Traceback" not in error
+def refused(folder: Path, *args: str, python_path: str | None = None) -> str:
+    """The one line that a run in a process of its own printed before it ended with exit code 2."""
+    done = run(list(args), logs=folder, python_path=python_path)
+    assert done.returncode == 2, done.output[-3000:]
+    lines = [line for line in done.output.splitlines() if line.startswith("train.py: error:")]
+    assert len(lines) == 1, done.output[-3000:]
+    assert done.output.rstrip().endswith(lines[0])
+    assert "Traceback" not in done.output
     return lines[0]
 
 
 def merged(sections: dict) -> dict:
     """`sections` with the recipe arguments that a tiny run needs kept beside the wrong one."""
-    from tests.flexrattn.runs import TINY
-
     sections = {k: dict(v) if isinstance(v, dict) else v for k, v in sections.items()}
     if isinstance(sections.get("recipe_args"), dict) and "model" in sections["recipe_args"]:
         sections["recipe_args"]["model"] = {**TINY["recipe_args"]["model"], **sections["recipe_args"]["model"]}
@@ -83,16 +92,15 @@ def merged(sections: dict) -> dict:
 
 
 @pytest.mark.parametrize(("sections", "said"), MISTAKES.values(), ids=MISTAKES)
-def test_mistake_in_the_file(tmp_path, capsys, monkeypatch, sections, said):
-    monkeypatch.setenv("FLEXRATTN_DEVICE", "cpu")
+def test_mistake_in_the_file(tmp_path, sections, said):
     config = write_config(tmp_path, **merged(sections))
-    assert said in refused(capsys, str(config))
+    assert said in refused(tmp_path, str(config))
     assert not list((tmp_path / "out").rglob("step-*"))
 
 
 @pytest.mark.parametrize(("flags", "said"), FLAGS.values(), ids=FLAGS)
-def test_mistake_on_the_command_line(tmp_path, capsys, flags, said):
-    assert said in refused(capsys, str(write_config(tmp_path)), *flags)
+def test_mistake_on_the_command_line(tmp_path, flags, said):
+    assert said in refused(tmp_path, str(write_config(tmp_path)), *flags)
     assert not (tmp_path / "out").exists()
 
 
@@ -107,39 +115,40 @@ def test_mistake_on_the_command_line(tmp_path, capsys, flags, said):
     ],
     ids=["not-yaml", "list", "no-recipe", "recipe-args", "empty"],
 )
-def test_mistake_in_the_yaml(tmp_path, capsys, text, said):
+def test_mistake_in_the_yaml(tmp_path, text, said):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    assert said in refused(capsys, str(path))
+    assert said in refused(tmp_path, str(path))
 
 
-def test_missing_file_suggests_one_that_exists(tmp_path, capsys):
+def test_missing_file_suggests_one_that_exists(tmp_path):
     write_config(tmp_path)
-    line = refused(capsys, str(tmp_path / "tny.yaml"))
+    line = refused(tmp_path, str(tmp_path / "tny.yaml"))
     assert "does not exist, did you mean" in line
     assert "tiny.yaml" in line
 
 
-def test_no_file_shows_the_usage(capsys):
-    assert "usage: python train.py CONFIG.yaml" in refused(capsys)
+def test_no_file_shows_the_usage(tmp_path):
+    assert "usage: python train.py CONFIG.yaml" in refused(tmp_path)
 
 
-def test_empty_data_folder(tmp_path, capsys):
+def test_empty_data_folder(tmp_path):
     (tmp_path / "nothing").mkdir()
     config = write_config(tmp_path, recipe_args={"data_path": str(tmp_path / "nothing")})
-    assert str(tmp_path / "nothing") in refused(capsys, str(config))
+    assert str(tmp_path / "nothing") in refused(tmp_path, str(config))
 
 
-def test_a_users_mask_that_raises_while_imported(tmp_path, capsys, monkeypatch):
+def test_a_users_mask_that_raises_while_imported(tmp_path):
+    """The ImportError shown is the one inside the user's module."""
     (tmp_path / "my_masks.py").write_text("import a_package_i_forgot\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
     config = write_config(tmp_path, recipe_args={"global_mask": "my_masks:mine"})
-    assert "No module named 'a_package_i_forgot'" in refused(capsys, str(config))
+    line = refused(tmp_path, str(config), python_path=str(tmp_path))
+    assert "No module named 'a_package_i_forgot'" in line
 
 
 def test_exit_code_of_the_script(tmp_path):
     """The same through `python train.py`: exit code 2, one line, no traceback."""
-    done = train(write_config(tmp_path), "--training.stps", "3", check=False)
+    done = script(str(write_config(tmp_path)), "--training.stps", "3")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("train.py: error: unknown flag --training.stps")
     assert "Traceback" not in done.stderr

@@ -125,7 +125,10 @@ def test_pattern_repeats(pattern, kinds):
         ({"window": True}, "window must be an integer .* got True"),
         ({"layer_kind": "swa"}, "'swa' needs a window"),
         ({"layer_kind": "full", "window": 4}, "'full' has no window, got window 4"),
-        ({"layer_kind": "ratention"}, "unknown layer_kind 'ratention', did you mean 'rattention'.*known: rattention, swa"),
+        (
+            {"layer_kind": "ratention"},
+            "unknown layer_kind 'ratention', did you mean 'rattention'.*known: rattention, swa",
+        ),
         ({"window": 4, "feature_map": "softmx"}, "unknown feature_map 'softmx', did you mean 'softmax'.*relu"),
         ({"window": 4, "pattern": []}, "pattern must be a list"),
         ({"window": 4, "pattern": "LLLG"}, "pattern must be a list"),
@@ -143,7 +146,7 @@ def test_refused_layers(options, said):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ({"n_kv_heads": 3}, "n_heads must be a multiple of n_kv_heads, got 4 query heads and 3 KV heads"),
+        ({"n_kv_heads": 3}, "n_heads must be a multiple of n_kv_heads, got 4 query and 3 KV heads"),
         ({"head_dim": 33}, "head_dim must be even .* got 33"),
         ({"dim": 0}, "dim must be a positive integer, got 0"),
         ({"activation": "selu"}, "unknown activation 'selu', did you mean 'silu'"),
@@ -157,11 +160,11 @@ def test_refused_sizes(overrides, said):
 
 
 def test_unknown_flavor_lists_the_known():
-    with pytest.raises(ValueError, match="unknown flavor '3B', did you mean '3b'.*known: debug, 30m"):
+    with pytest.raises(ValueError, match=r"unknown flavor '3B', did you mean '3b'.*known: debug, 30m"):
         resolve_flavor("3B")
 
 
 def test_unknown_mask_is_refused_when_the_model_is_described():
     layers = make_layers(layer_kind="swa", window=4, global_mask="causl")
-    with pytest.raises(ValueError, match="causl.*causal"):
+    with pytest.raises(ValueError, match=r"causl.*causal"):
         build_model_config(resolve_flavor("debug"), layers)

@@ -124,5 +124,5 @@ def test_coerced(value, hint, expected):
     ids=str,
 )
 def test_refused_types(value, hint):
-    with pytest.raises(ValueError, match="^section.key must be"):
+    with pytest.raises(ValueError, match=r"^section\.key must be"):
         coerce(value, hint, "section.key")

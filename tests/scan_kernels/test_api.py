@@ -118,14 +118,9 @@ def test_autocast_changes_nothing(impl):
     assert_same(gradients(o, inputs), plain, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("decay", "start", "packed", "window"),
-    [(False, "", False, 5), (True, "query", True, None)],
-    ids=["plain", "all"],
-)
-def test_compile_fullgraph(decay, start, packed, window):
-    inputs = cast(make_inputs(100, decay=decay, start=start), torch.float32)
-    options = {"window": window, "document_ids": document_ids([[30, 70], [99, 1]]) if packed else None}
+def test_compile_fullgraph():
+    inputs = cast(make_inputs(100, decay=True, start="query"), torch.float32)
+    options = {"window": 5, "document_ids": document_ids([[30, 70], [99, 1]])}
     compiled = torch.compile(residual_linear_attention, fullgraph=True, backend="aot_eager", dynamic=False)
     assert_same(run(compiled, inputs, **options), run(residual_linear_attention, inputs, **options), 1e-6)
 

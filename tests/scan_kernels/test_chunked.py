@@ -164,16 +164,17 @@ def test_causality(j, window, what, impl):
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
-def test_nan_stays_in_its_document(impl):
+@pytest.mark.parametrize("name", ["k", "v"])
+@pytest.mark.parametrize("end", [90, 55], ids=["over a chunk border", "inside a chunk"])
+def test_nan_stays_in_its_document(impl, name, end):
     inputs = cast(make_inputs(130, B=1, decay=True, start="query"), torch.float32)
-    ids = document_ids([[40, 50, 40]])
+    ids = document_ids([[40, end - 40, 130 - end]])
     with torch.no_grad():
-        for x in (inputs["k"], inputs["v"]):
-            x[:, 45:55] = torch.nan
+        inputs[name][:, 45:50] = torch.nan
     o = residual_linear_attention(**inputs, window=2, document_ids=ids, impl=impl)
-    others = torch.arange(130).lt(40) | torch.arange(130).ge(90)
+    others = torch.arange(130).lt(40) | torch.arange(130).ge(end)
     assert o[:, others].isfinite().all()
-    assert o[:, 48:90].isnan().all()
+    assert o[:, 48:end].isnan().all()
     grads = torch.autograd.grad(o[:, others].sum(), [inputs[name] for name in "qkv"])
     assert all(grad[:, others].isfinite().all() for grad in grads)
 
