@@ -2,6 +2,7 @@
 
 import logging
 from enum import StrEnum
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -158,10 +159,8 @@ def residual_linear_attention(
         document_BT=document_ids,
         initial_state=initial_state,
     )
-    if impl is Impl.TRITON:
-        result = fused_scan(problem, with_final=return_final_state)
-    else:
-        result = _SOLVERS[impl](problem)
+    solve = partial(fused_scan, with_final=return_final_state) if impl is Impl.TRITON else _SOLVERS[impl]
+    result = solve(problem)
     if not return_final_state:
         return result.o_BTHD
     tokens_before = initial_state.tokens_seen if isinstance(initial_state, ResidualState) else 0

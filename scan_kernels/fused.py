@@ -201,7 +201,7 @@ def solve(
 
 def solve_bwd(
     do, d_final, q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(q), without_autocast(q.device.type):
         sizes, x, init, plan = prepare(
             q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map
