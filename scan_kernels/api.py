@@ -2,6 +2,7 @@
 
 import logging
 from enum import StrEnum
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from scan_kernels.chunked import chunked
 from scan_kernels.feature_maps import FeatureMap, parse_feature_map
+from scan_kernels.fused_ops import fused_scan, refusal
 from scan_kernels.reference import token_loop
 from scan_kernels.state import ResidualState, begin, end
 from scan_kernels.validation import validate
@@ -40,11 +42,19 @@ def _parse_impl(impl: Impl | str) -> Impl:
 
 # Runs while a graph is traced, so that compiled programs are told too.
 @torch.compiler.assume_constant_result
-def _choose(device_type: str) -> str:
-    chosen = Impl.TORCH.value
-    if device_type not in _announced:
-        _announced.add(device_type)
-        logger.info('residual_linear_attention: impl="auto" uses %r on %s', chosen, device_type)
+def _announce(device_type: str, chosen: str, why: str) -> bool:
+    message = f'residual_linear_attention: impl="auto" uses {chosen!r} on {device_type}{why}'
+    if message not in _announced:
+        _announced.add(message)
+        logger.info(message)
+    return True
+
+
+def _choose(q: Tensor, k: Tensor, v: Tensor) -> Impl:
+    reason = refusal(q, k, v) if q.device.type == "cuda" else ""
+    use_triton = q.device.type == "cuda" and not reason
+    chosen = Impl.TRITON if use_triton else Impl.TORCH
+    _announce(q.device.type, "triton" if use_triton else "torch", f": triton {reason}" if reason else "")
     return chosen
 
 
@@ -118,8 +128,8 @@ def residual_linear_attention(
 
     Raises:
         ValueError: shapes, dtypes, options or the state do not fit; on CPU also falling ids and positive decay
-            (`check_values` looks on any device).
-        NotImplementedError: `impl="triton"` is not built.
+            (`check_values` looks on any device); `impl="triton"` without a CUDA device, in float64, or with head sizes
+            other than 16, 32, 64 and 128.
 
     States are summed in fp32 (float64 for float64 inputs), also under autocast. Differentiable in q, k, v, decay and
     the initial state.
@@ -136,9 +146,9 @@ def residual_linear_attention(
         initial_state=initial_state,
     )
     if impl is Impl.AUTO:
-        impl = _parse_impl(_choose(q.device.type))
-    if impl is Impl.TRITON:
-        raise NotImplementedError('impl="triton" is not built in this version; impl="torch" runs on every device')
+        impl = _choose(q, k, v)
+    elif impl is Impl.TRITON and (reason := refusal(q, k, v)):
+        raise ValueError(f'impl="triton" {reason}; impl="torch" takes all inputs on every device')
     problem = begin(
         q,
         k,
@@ -149,7 +159,8 @@ def residual_linear_attention(
         document_BT=document_ids,
         initial_state=initial_state,
     )
-    result = _SOLVERS[impl](problem)
+    solve = partial(fused_scan, with_final=return_final_state) if impl is Impl.TRITON else _SOLVERS[impl]
+    result = solve(problem)
     if not return_final_state:
         return result.o_BTHD
     tokens_before = initial_state.tokens_seen if isinstance(initial_state, ResidualState) else 0

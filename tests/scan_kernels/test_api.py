@@ -71,8 +71,8 @@ def test_refusals(changes, message):
         residual_linear_attention(**({**make_inputs(T), "window": 3} | changes))
 
 
-def test_triton_is_refused_until_it_is_built():
-    with pytest.raises(NotImplementedError, match='impl="triton" is not built'):
+def test_triton_needs_a_cuda_device():
+    with pytest.raises(ValueError, match='impl="triton" needs a CUDA device, the tensors are on cpu; impl="torch"'):
         residual_linear_attention(**make_inputs(T), window=3, impl="triton")
 
 

@@ -1,0 +1,245 @@
+"""`impl="triton"`: the stages of kernels/ in order, forward and backward. Importing this file needs Triton."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from scan_kernels.feature_maps import apply_feature_map
+from scan_kernels.kernels import common, configs
+from scan_kernels.kernels.chunk_dkv import launch_chunk_dkv
+from scan_kernels.kernels.chunk_dq import launch_chunk_dq
+from scan_kernels.kernels.chunk_output import launch_chunk_output_fwd
+from scan_kernels.kernels.chunk_state import launch_chunk_state_bwd, launch_chunk_state_fwd
+from scan_kernels.kernels.configs import Plan
+from scan_kernels.kernels.launch import Launch, Sizes, States, Tensors
+from scan_kernels.kernels.state_scan import launch_state_scan
+from scan_kernels.precision import without_autocast
+
+MAPS = {
+    "softmax": (common.SOFTMAX.value, 2),
+    "softmax_single": (common.SOFTMAX.value, 1),
+    "relu": (common.RELU.value, 2),
+    "identity": (common.IDENTITY.value, 1),
+}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the products multiply. A sum over a long sequence can leave the range of fp16, so states are bf16 then."""
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16
+
+
+def sizes_of(q: Tensor, k: Tensor, v: Tensor, lag: int, feature_map: str, plan: Plan) -> Sizes:
+    number, halves = MAPS[feature_map]
+    return Sizes(
+        B=q.shape[0],
+        T=q.shape[1],
+        M=k.shape[1],
+        H=q.shape[2],
+        G=k.shape[2],
+        D=q.shape[3],
+        DV=v.shape[3],
+        lag=lag,
+        feature_map=number,
+        halves=halves,
+        chunk=plan.chunk,
+        segment=plan.segment,
+    )
+
+
+def split_init(sizes: Sizes, state_BGFD: Tensor | None) -> Tensor | None:
+    """(B * G, F + 1, DV) fp32: a state as the scan carries it, less the sum of its values (the last row) over D."""
+    if state_BGFD is None:
+        return None
+    state = state_BGFD.float().flatten(0, 1)
+    sums = torch.zeros_like(state[:, :1])
+    if sizes.feature_map == common.SOFTMAX.value:
+        sums = state.sum(1, keepdim=True) / sizes.halves
+        state = state - sums / sizes.D
+    return torch.cat((state, sums), dim=1)
+
+
+def join_final(sizes: Sizes, final: Tensor) -> Tensor:
+    """The inverse of `split_init`: (B, G, F, DV) fp32."""
+    state, sums = final[:, :-1], final[:, -1:]
+    if sizes.feature_map == common.SOFTMAX.value:
+        state = state + sums / sizes.D
+    return state.unflatten(0, (sizes.B, sizes.G))
+
+
+def scan_states(
+    sizes: Sizes, first: Launch, init: Tensor | None, *, backward: bool, with_final: bool, run=Launch.run
+) -> tuple[States, Tensor | None]:
+    """Stages 1 and 2: the states of all chunks, and (with_final) the state at the far end."""
+    run(first)
+    made, carry, carry_sums, final = first.args, None, None, None
+    if sizes.segments > 1 or init is not None or with_final:
+        scan, carry, carry_sums, final = launch_state_scan(
+            sizes,
+            made["totals"],
+            made["total_factors"],
+            init,
+            dtype=made["states"].dtype,
+            backward=backward,
+            with_final=with_final,
+        )
+        run(scan)
+    if sizes.segments == 1 and init is None:
+        carry = carry_sums = None
+    return States(made["states"], made["value_sums"], made["factors"], carry, carry_sums), final
+
+
+def forward(
+    sizes: Sizes, x: Tensors, init: Tensor | None, plan: Plan, *, with_final: bool, run=Launch.run
+) -> tuple[Tensor, Tensor | None]:
+    compute = compute_dtype(x.q.dtype)
+    first = launch_chunk_state_fwd(sizes, x, plan.state_fwd, compute)
+    states, final = scan_states(sizes, first, init, backward=False, with_final=with_final, run=run)
+    o = torch.empty(sizes.B, sizes.T, sizes.H, sizes.DV, dtype=x.q.dtype, device=x.q.device)
+    run(launch_chunk_output_fwd(sizes, x, states, o, plan.output, compute))
+    return o, final
+
+
+class Gradients(NamedTuple):
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    d_read: Tensor | None  # (B, T, H) fp32: do . o, as far as it comes through decayed keys and the carried state
+    d_start: Tensor | None  # (B, T, H) fp32: do . o, as far as it comes through the start state
+    d_given: Tensor | None  # (B, G, N * C) fp32: v . dv by rows
+    d_init: Tensor | None  # split
+    final: Tensor | None  # the forward's final state, split
+
+
+def backward(
+    sizes: Sizes,
+    x: Tensors,
+    init: Tensor | None,
+    do: Tensor,
+    final_init: Tensor | None,
+    plan: Plan,
+    *,
+    with_init_grad: bool,
+    run=Launch.run,
+) -> Gradients:
+    compute = compute_dtype(x.q.dtype)
+    first = launch_chunk_state_fwd(sizes, x, plan.state_fwd, compute)
+    # The decays of all rows are felt by the final state, too.
+    with_final = x.cum_hi is not None and final_init is not None
+    states, final = scan_states(sizes, first, init, backward=False, with_final=with_final, run=run)
+    dq = torch.empty(x.q.shape, dtype=x.q.dtype, device=x.q.device)
+    dk = torch.empty(x.k.shape, dtype=x.q.dtype, device=x.q.device)
+    dv = torch.empty(x.v.shape, dtype=x.q.dtype, device=x.q.device)
+    d_read = d_start = d_given = None
+    if x.cum_hi is not None:
+        d_read = torch.empty(sizes.B, sizes.T, sizes.H, device=x.q.device)
+        d_given = torch.empty(sizes.B, sizes.G, sizes.N * sizes.chunk, device=x.q.device)
+    if x.start_log is not None:
+        d_start = torch.empty(sizes.B, sizes.T, sizes.H, device=x.q.device)
+    run(launch_chunk_dq(sizes, x, states, do, dq, d_read, d_start, plan.dq, compute))
+    del states, first
+    last = launch_chunk_state_bwd(sizes, x, do, plan.state_bwd, compute)
+    states, d_init = scan_states(sizes, last, final_init, backward=True, with_final=with_init_grad, run=run)
+    run(launch_chunk_dkv(sizes, x, states, do, dk, dv, d_given, plan.dkv, compute))
+    return Gradients(dq, dk, dv, d_read, d_start, d_given, d_init, final)
+
+
+def prepare(
+    q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag: int, feature_map: str
+) -> tuple[Sizes, Tensors, Tensor | None, Plan]:
+    """The arguments of `fused_ops.fused_fwd` as the stages take them."""
+    capability = 90
+    if q.is_cuda:
+        major, minor = torch.cuda.get_device_capability(q.device)
+        capability = 10 * major + minor
+    plan = configs.plan_for(q.dtype, q.shape[3], v.shape[3], capability)
+    sizes = sizes_of(q, k, v, lag, feature_map, plan)
+    cum_hi = cum_lo = start_sum = None
+    if rows is not None:
+        cum = nnf.pad(rows.double(), (0, sizes.N * sizes.chunk - sizes.T)).unflatten(2, (sizes.N, sizes.chunk))
+        cum = cum.cumsum(-1).contiguous()
+        cum_hi = cum.float()
+        cum_lo = (cum - cum_hi.double()).float()
+    if start is not None:
+        start = start.float()
+        if sizes.feature_map == common.SOFTMAX.value:
+            halves = start.unflatten(2, (sizes.halves, sizes.D))
+            mean = halves.mean(3, keepdim=True)
+            start_sum = mean[:, :, :, 0].sum(2)
+            start = (halves - mean).flatten(2, 3)
+        else:
+            start_sum = torch.zeros_like(start[:, :, 0])
+        start, start_sum = start.to(compute_dtype(q.dtype)).contiguous(), start_sum.contiguous()
+    x = Tensors(
+        q,
+        k,
+        v,
+        cum_hi=cum_hi,
+        cum_lo=cum_lo,
+        query_doc=query_doc,
+        key_doc=key_doc,
+        # A column of the ids: the kernels read it without a stride.
+        carried_doc=None if carried_doc is None else carried_doc.contiguous(),
+        start=start,
+        start_sum=start_sum,
+        start_log=None if start_log is None else start_log.float().contiguous(),
+    )
+    return sizes, x, split_init(sizes, carried), plan
+
+
+def solve(
+    q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map, with_final
+) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device_of(q):
+        sizes, x, init, plan = prepare(
+            q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map
+        )
+        o, final = forward(sizes, x, init, plan, with_final=with_final)
+        return o, q.new_empty(0, dtype=torch.float32) if final is None else join_final(sizes, final).contiguous()
+
+
+def solve_bwd(
+    do, d_final, q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(q), without_autocast(q.device.type):
+        sizes, x, init, plan = prepare(
+            q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map
+        )
+        final_init = split_init(sizes, d_final)
+        grads = backward(sizes, x, init, do, final_init, plan, with_init_grad=carried is not None)
+        # Tensors of their own: outputs of an op must not share memory.
+        d_rows, d_carried, d_start, d_start_log = (q.new_empty(0) for _ in range(4))
+        if rows is not None:
+            d_rows = _rows_grad(sizes, grads, d_final)
+        if carried is not None:
+            assert grads.d_init is not None
+            d_carried = join_final(sizes, grads.d_init).to(carried.dtype).contiguous()
+        if start is not None:
+            d_start = _start_grad(sizes, x, do, start.shape[1], feature_map).to(start.dtype)
+        if start_log is not None:
+            assert grads.d_start is not None
+            d_start_log = grads.d_start.double().unflatten(2, (sizes.G, sizes.R)).sum(3).transpose(1, 2).contiguous()
+        return grads.dq, grads.dk, grads.dv, d_rows, d_carried, d_start, d_start_log
+
+
+def _rows_grad(sizes: Sizes, grads: Gradients, d_final: Tensor | None) -> Tensor:
+    """A decay is felt by all pairs around it: what rows from it on read, less what keys from it on gave to them."""
+    assert grads.d_read is not None
+    assert grads.d_given is not None
+    read = grads.d_read.double().unflatten(2, (sizes.G, sizes.R)).sum(3).transpose(1, 2)
+    net = read - grads.d_given[..., : sizes.T].double()
+    d_rows = net.flip(2).cumsum(2).flip(2)
+    if d_final is not None:
+        assert grads.final is not None
+        d_rows += (join_final(sizes, grads.final).double() * d_final.double()).sum((2, 3))[..., None]
+    return d_rows.contiguous()
+
+
+def _start_grad(sizes: Sizes, x: Tensors, do: Tensor, X: int, feature_map: str) -> Tensor:
+    """sum_i share_i phi(q_i)^T do_i for every head of the start state: (B, X, F, DV) fp32."""
+    phi = apply_feature_map(x.q, feature_map).float()
+    if x.start_log is not None:
+        phi = phi * x.start_log.exp().transpose(1, 2).repeat_interleave(sizes.R, dim=2)[..., None]
+    grad = torch.einsum("bthf,bthd->bhfd", phi, do.float())
+    return grad.unflatten(1, (X, sizes.H // X)).sum(2).contiguous()

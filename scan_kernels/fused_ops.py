@@ -1,0 +1,173 @@
+"""Custom ops around `fused.py`, the problem that they solve, and what they refuse. Importing this file needs no Triton.
+
+The ops take the decay per row (row i holds the decay of the key that query i reads) and the start state's decay ready
+made, so that everything in front of them stays with autograd.
+"""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from scan_kernels.chunked import SMALLEST_LOG_DECAY, _ChunkDocuments, _shifted_keys, start_log_decay
+from scan_kernels.feature_maps import feature_dim
+from scan_kernels.precision import without_autocast
+from scan_kernels.state import ScanProblem, ScanResult
+
+WIDTHS = (16, 32, 64, 128)
+# Others have less shared memory than the configurations need.
+CAPABILITIES = ((8, 0), (9, 0), (10, 0))
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+def _environment_refusal(device_type: str) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    if device_type != "cuda" and not interpreted():
+        return f"needs a CUDA device, the tensors are on {device_type}"
+    if device_type == "cuda" and not interpreted() and torch.cuda.get_device_capability() not in CAPABILITIES:
+        return f"is configured for sm_80, sm_90 and sm_100, not for {torch.cuda.get_device_name()}"
+    return ""
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Why `impl="triton"` does not take these tensors; "" if it does."""
+    if reason := _environment_refusal(q.device.type):
+        return reason
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"takes bfloat16, float16 or float32, got {q.dtype}"
+    if q.shape[3] not in WIDTHS or v.shape[3] not in WIDTHS:
+        return f"takes head sizes 16, 32, 64 and 128, got {q.shape[3]} and {v.shape[3]} (values)"
+    return ""
+
+
+def fused_scan(problem: ScanProblem, *, with_final: bool) -> ScanResult:
+    """`problem` by the kernels. Without `with_final` the carried state of the result is empty."""
+    with without_autocast(problem.q_BTHD.device.type):
+        return _fused_scan(problem, with_final)
+
+
+def _fused_scan(problem: ScanProblem, with_final: bool) -> ScanResult:
+    T = problem.q_BTHD.shape[1]
+    rows_BGT = None
+    if problem.decay_BMG is not None:
+        decay_fp64 = problem.decay_BMG.double().clamp(min=SMALLEST_LOG_DECAY)
+        rows_BGT = _shifted_keys(decay_fp64, problem.lag, T, 0).transpose(1, 2)
+    documents = None if problem.query_document_BT is None else _ChunkDocuments(problem, T, 1, T, 0)
+    start_log_BGT = final_log_BG = None
+    if problem.start_BXFD is not None:
+        start_log_BGT = start_log_decay(problem, rows_BGT, documents)
+        final_log_BG = start_log_BGT[..., T - 1]
+        if rows_BGT is None and problem.start_log_decay_BG is None:
+            start_log_BGT = None
+    o_BTHD, final_BGFD = fused_fwd(
+        problem.q_BTHD,
+        problem.k_BMGD,
+        problem.v_BMGD,
+        rows_BGT,
+        problem.query_document_BT,
+        problem.key_document_BM,
+        problem.carried_document_B,
+        problem.carried_BGFD,
+        problem.start_BXFD,
+        start_log_BGT,
+        problem.lag,
+        problem.feature_map.value,
+        with_final,
+    )
+    if with_final and documents is not None:
+        final_BGFD = torch.where(documents.ends_running_B111, final_BGFD, 0.0)
+    return ScanResult(o_BTHD, final_BGFD, final_log_BG)
+
+
+@torch.library.custom_op("scan_kernels::fused_fwd", mutates_args=())
+def fused_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor | None,
+    query_doc: Tensor | None,
+    key_doc: Tensor | None,
+    carried_doc: Tensor | None,
+    carried: Tensor | None,
+    start: Tensor | None,
+    start_log: Tensor | None,
+    lag: int,
+    feature_map: str,
+    with_final: bool,
+) -> tuple[Tensor, Tensor]:
+    """o (B, T, H, Dv) and, if asked, the state behind the last key (B, G, F, Dv) fp32; else an empty tensor.
+
+    rows (B, G, T) float64: decays; carried (B, G, F, Dv); start (B, X, F, Dv), its decay start_log (B, G, T) float64.
+    """
+    from scan_kernels import fused
+
+    return fused.solve(
+        q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map, with_final
+    )
+
+
+@fused_fwd.register_fake
+def _(
+    q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map, with_final
+) -> tuple[Tensor, Tensor]:
+    o = q.new_empty(*q.shape[:3], v.shape[3])
+    shape = (q.shape[0], k.shape[2], feature_dim(feature_map, q.shape[3]), v.shape[3]) if with_final else (0,)
+    return o, q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("scan_kernels::fused_bwd", mutates_args=())
+def fused_bwd(
+    do: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor | None,
+    query_doc: Tensor | None,
+    key_doc: Tensor | None,
+    carried_doc: Tensor | None,
+    carried: Tensor | None,
+    start: Tensor | None,
+    start_log: Tensor | None,
+    lag: int,
+    feature_map: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, rows, carried, start, start_log; empty tensors for what is None."""
+    from scan_kernels import fused
+
+    return fused.solve_bwd(
+        do, d_final, q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map
+    )
+
+
+@fused_bwd.register_fake
+def _(
+    do, d_final, q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(x: Tensor | None) -> Tensor:
+        return q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    return like(q), like(k), like(v), like(rows), like(carried), like(start), like(start_log)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:10])
+    ctx.lag, ctx.feature_map, ctx.with_final = inputs[10:]
+
+
+def _backward(ctx, do: Tensor, d_final: Tensor):
+    inputs = ctx.saved_tensors
+    grads = fused_bwd(do, d_final if ctx.with_final else None, *inputs, ctx.lag, ctx.feature_map)
+    dq, dk, dv, d_rows, d_carried, d_start, d_start_log = grads
+    found = (dq, dk, dv, d_rows, None, None, None, d_carried, d_start, d_start_log)
+    return (*(None if x is None else grad for x, grad in zip(inputs, found, strict=True)), None, None, None)
+
+
+fused_fwd.register_autograd(_backward, setup_context=_setup_context)

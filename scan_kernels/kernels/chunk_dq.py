@@ -1,0 +1,182 @@
+"""Stage 3 backward, queries: dphi(q_i) = c_i do_i S_n^T + sum over j <= i of w_ij (do_i . v_j) phi(k_j), then dq_i.
+
+The layout is that of the forward. The states hold phi - 1/D, and need no correction here: it would add a constant to a
+row of dphi, which the softmax does not see.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from scan_kernels.kernels.chunk_output import query_args
+from scan_kernels.kernels.common import SOFTMAX, feature_map, feature_map_bwd, is_bad, key_document, load_state
+from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, strides
+
+
+@triton.jit
+def _row_dot(query, dphi, SIGN, MAP: tl.constexpr, D: tl.constexpr):
+    return tl.sum(feature_map(query, SIGN, MAP, D) * dphi, 1)
+
+
+@triton.jit
+def chunk_dq_kernel(
+    q, k, v, do, dq, d_read, d_start, cum_hi, cum_lo, query_doc, key_doc, carried_doc, start, start_sum, start_log,
+    states, sums, factors, carry, carry_sums,
+    q_sb, q_st, q_sh, q_sd, k_sb, k_st, k_sg, k_sd, v_sb, v_st, v_sg, v_sd, do_sb, do_st, do_sh, do_sd,
+    qdoc_sb, qdoc_st, doc_sb, doc_st,
+    T, lag, N, G, X, SEGMENT,
+    R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, C: tl.constexpr,
+    HEADS: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_CARRY: tl.constexpr,
+    HAS_START: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, g = bg // G, bg % G
+    PAIRED: tl.constexpr = F == 2 * D
+    HAS_FACTOR: tl.constexpr = HAS_DECAY or HAS_DOCS
+    MEAN: tl.constexpr = F / D / D
+    compute = states.dtype.element_ty
+    o_c, o_d, o_v = tl.arange(0, C), tl.arange(0, D), tl.arange(0, DV)
+
+    # The chunk's keys. A masked product may still be 0 * NaN, so keys that are not finite leave them.
+    o_j = n * C + o_c
+    m_j = (o_j < T) & (o_j >= lag)
+    first_key = (n * C - lag).to(tl.int64)
+    k += b * k_sb + g * k_sg + first_key * k_st
+    v += b * v_sb + g * v_sg + first_key * v_st
+    key = tl.load(k + (o_c * k_st)[:, None] + o_d[None, :] * k_sd, mask=m_j[:, None], other=0.0)
+    b_v = tl.load(v + (o_c * v_st)[:, None] + o_v[None, :] * v_sd, mask=m_j[:, None], other=0.0).to(compute)
+    bad = is_bad(key)
+    key = tl.where(bad[:, None], 0.0, key)
+    any_bad = tl.max(bad.to(tl.int32), 0)
+    b_k1 = feature_map(key, 1.0, MAP, D).to(compute)
+    if PAIRED:
+        b_k2 = feature_map(key, -1.0, MAP, D).to(compute)
+
+    # The state before the chunk.
+    segment = n // SEGMENT
+    segments = (N + SEGMENT - 1) // SEGMENT
+    o_tile = o_d[:, None] * DV + o_v[None, :]
+    p_state = states + (bg * N + n) * F * DV + o_tile
+    p_carry = carry + (bg * (segments + 1) + segment) * F * DV + o_tile if HAS_CARRY else p_state
+    factor = tl.load(factors + bg * N + n) if HAS_FACTOR and HAS_CARRY else 1.0
+    b_s1 = load_state(p_state, p_carry, factor, HAS_CARRY, HAS_FACTOR)
+    if PAIRED:
+        b_s2 = load_state(p_state + D * DV, p_carry + D * DV, factor, HAS_CARRY, HAS_FACTOR)
+    p_sums = sums + (bg * N + n) * DV + o_v
+    p_carry_sums = carry_sums + (bg * (segments + 1) + segment) * DV + o_v if HAS_CARRY else p_sums
+
+    # The queries, HEADS at a time: row r is query r % C of head r // C.
+    o_r = tl.arange(0, HEADS * C)
+    o_i = n * C + o_r % C
+    m_i = o_i < T
+    pairs = (o_r % C)[:, None] >= o_c[None, :]
+    if HAS_DECAY:
+        p_cum = bg * N * C + n * C
+        i_hi, i_lo = tl.load(cum_hi + p_cum + o_r % C), tl.load(cum_lo + p_cum + o_r % C)
+        j_hi, j_lo = tl.load(cum_hi + p_cum + o_c), tl.load(cum_lo + p_cum + o_c)
+        between = tl.minimum((i_hi[:, None] - j_hi[None, :]) + (i_lo[:, None] - j_lo[None, :]), 0.0)
+        weight = tl.exp(between)
+        upto = tl.exp(i_hi + i_lo)
+    if HAS_DOCS:
+        carried = tl.load(carried_doc + b)
+        doc_i = tl.load(query_doc + b * qdoc_sb + tl.minimum(o_i, T - 1).to(tl.int64) * qdoc_st)
+        doc_j = key_document(key_doc + b * doc_sb, doc_st, carried, o_j, lag, T)
+        pairs = pairs & (doc_i[:, None] == doc_j[None, :])
+        reads = doc_i == key_document(key_doc + b * doc_sb, doc_st, carried, n * C - 1, lag, T)
+    q += b * q_sb + g * R * q_sh + (n * C).to(tl.int64) * q_st
+    do += b * do_sb + g * R * do_sh + (n * C).to(tl.int64) * do_st
+    o_q = (o_r // C * q_sh + o_r % C * q_st)[:, None] + o_d[None, :] * q_sd
+    o_do = (o_r // C * do_sh + o_r % C * do_st)[:, None] + o_v[None, :] * do_sd
+    row = (b * T + n * C) * G * R + g * R
+    o_row = o_r % C * G * R + o_r // C
+    for r in range(0, R, HEADS):
+        query = tl.load(q + r * q_sh + o_q, mask=m_i[:, None], other=0.0)
+        b_do = tl.load(do + r * do_sh + o_do, mask=m_i[:, None], other=0.0).to(compute)
+        d_scores = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        if HAS_DECAY:
+            d_scores *= weight
+        d_scores = tl.where(pairs, d_scores, 0.0)
+        b_ds = d_scores.to(compute)
+        if HAS_START:
+            x = b * X + (g * R + r) // (G * R // X)
+            p_start = start + x * F * DV + o_tile
+            begun = tl.full((HEADS * C,), 1.0, tl.float32)
+            if start_log is not None:
+                begun = tl.exp(tl.load(start_log + bg * T + o_i, mask=m_i, other=0.0))
+
+        dphi = tl.dot(b_do, tl.trans(b_s1), input_precision=PRECISION)
+        if HAS_DECAY:
+            dphi *= upto[:, None]
+        if HAS_DOCS:
+            dphi = tl.where(reads[:, None], dphi, 0.0)
+        dphi = tl.dot(b_ds, b_k1, dphi, input_precision=PRECISION)
+        if HAS_DECAY:
+            read = _row_dot(query, dphi, 1.0, MAP, D)
+        if HAS_START:
+            d_begun = begun[:, None] * tl.dot(b_do, tl.trans(tl.load(p_start)), input_precision=PRECISION)
+            if start_log is not None:
+                read_start = _row_dot(query, d_begun, 1.0, MAP, D)
+            dphi += d_begun
+        d_query = feature_map_bwd(query, dphi, 1.0, MAP, D).to(compute)
+        if PAIRED:
+            dphi2 = tl.dot(b_do, tl.trans(b_s2), input_precision=PRECISION)
+            if HAS_DECAY:
+                dphi2 *= upto[:, None]
+            if HAS_DOCS:
+                dphi2 = tl.where(reads[:, None], dphi2, 0.0)
+            dphi2 = tl.dot(b_ds, b_k2, dphi2, input_precision=PRECISION)
+            if HAS_DECAY:
+                read += _row_dot(query, dphi2, -1.0, MAP, D)
+            if HAS_START:
+                d_begun = tl.trans(tl.load(p_start + D * DV))
+                d_begun = begun[:, None] * tl.dot(b_do, d_begun, input_precision=PRECISION)
+                if start_log is not None:
+                    read_start += _row_dot(query, d_begun, -1.0, MAP, D)
+                dphi2 += d_begun
+            d_query = d_query.to(tl.float32) + feature_map_bwd(query, dphi2, -1.0, MAP, D)
+        if any_bad != 0:
+            reads_bad = tl.max((pairs & bad[None, :]).to(tl.int32), 1) != 0
+            d_query = tl.where(reads_bad[:, None], float("nan"), d_query)
+        tl.store(
+            dq + (row + r) * D + (o_row * D)[:, None] + o_d[None, :], d_query.to(dq.dtype.element_ty), mask=m_i[:, None]
+        )
+        # do . o, by which a decay between key and query is felt: what the keys gave, and what the start state gave.
+        if HAS_DECAY:
+            if MAP == SOFTMAX:
+                older = MEAN * load_state(p_sums, p_carry_sums, factor, HAS_CARRY, HAS_FACTOR)
+                constant = tl.sum(b_do.to(tl.float32) * older[None, :], 1) * upto
+                if HAS_DOCS:
+                    constant = tl.where(reads, constant, 0.0)
+                read += constant + MEAN * tl.sum(d_scores, 1)
+            tl.store(d_read + row + r + o_row, read, mask=m_i)
+        if HAS_START and start_log is not None:
+            read_start += begun * tl.sum(b_do.to(tl.float32) * tl.load(start_sum + x * DV + o_v)[None, :], 1)
+            tl.store(d_start + row + r + o_row, read_start, mask=m_i)
+
+
+def launch_chunk_dq(
+    sizes: Sizes,
+    x: Tensors,
+    states: States,
+    do: Tensor,
+    dq: Tensor,
+    d_read: Tensor | None,
+    d_start: Tensor | None,
+    config: Config,
+    compute: torch.dtype,
+) -> Launch:
+    """Writes dq and, for the gradient of decays, do . o of every query (B, T, H) fp32: by keys, by the start state."""
+    args = {
+        "k": x.k,
+        "v": x.v,
+        "do": do,
+        "dq": dq,
+        "d_read": d_read,
+        "d_start": d_start,
+        **query_args(sizes, x, states, config, compute),
+        **strides(x.k, "k_sb k_st k_sg k_sd"),
+        **strides(x.v, "v_sb v_st v_sg v_sd"),
+        **strides(do, "do_sb do_st do_sh do_sd"),
+    }
+    return Launch(chunk_dq_kernel, (sizes.N, sizes.B * sizes.G), args, config.options)

@@ -1,0 +1,58 @@
+"""The committed table of launch configurations, per (architecture, head size, dtype).
+
+No tuning happens at run time. `python -m scan_kernels.tune` measures candidates and checks the numbers of each.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from scan_kernels.kernels.launch import Config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a problem is cut and how every stage is launched."""
+
+    chunk: int
+    segment: int  # chunks
+    state_fwd: Config
+    state_bwd: Config
+    output: Config
+    dq: Config
+    dkv: Config
+
+
+# Measured on an H200 with D = Dv = 128, softmax, bf16: docs/kernels.md.
+HALF = Plan(
+    chunk=64,
+    segment=16,
+    state_fwd=Config(num_warps=4, num_stages=1),
+    state_bwd=Config(num_warps=4, num_stages=1),
+    output=Config(num_warps=8, num_stages=2, heads=2),
+    dq=Config(num_warps=8, num_stages=2, heads=2),
+    dkv=Config(num_warps=8, num_stages=2, heads=1),
+)
+# Not measured: what fits into shared memory.
+SINGLE = Plan(
+    chunk=16,
+    segment=32,
+    state_fwd=Config(num_warps=4, num_stages=1, block_f=64, block_v=64),
+    state_bwd=Config(num_warps=4, num_stages=1, block_f=64, block_v=64),
+    output=Config(num_warps=4, num_stages=1),
+    dq=Config(num_warps=4, num_stages=1),
+    dkv=Config(num_warps=4, num_stages=1),
+)
+
+
+# Not measured either: HALF in the 163 KB of shared memory that an A100 has.
+HALF_SM80 = replace(
+    HALF, output=Config(num_warps=8, num_stages=1, heads=1), dq=Config(num_warps=8, num_stages=1, heads=1)
+)
+
+
+def plan_for(dtype: torch.dtype, D: int, DV: int, capability: int = 90) -> Plan:
+    """The plan for a CUDA capability (80, 90, 100)."""
+    if dtype == torch.float32:
+        return SINGLE
+    return HALF_SM80 if capability < 90 else HALF

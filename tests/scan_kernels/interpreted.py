@@ -1,0 +1,200 @@
+"""The kernels under Triton's interpreter on the CPU, against float64. `test_triton.py` runs this file.
+
+Chunks of 16 rows and segments of 2 chunks, so that 70 tokens cross every kind of border.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from scan_kernels import residual_linear_attention
+from scan_kernels.fused_ops import fused_fwd
+from scan_kernels.kernels import configs, state_scan
+from scan_kernels.kernels.launch import Config
+from tests.scan_kernels.cases import (
+    assert_close,
+    assert_same,
+    cast,
+    document_ids,
+    gradients,
+    make_inputs,
+    output_gradient,
+    random_lengths,
+    run,
+)
+
+SMALL = configs.Plan(16, 2, *(Config(num_warps=4, heads=heads) for heads in (1, 1, 2, 2, 1)))
+DOCUMENTS = {17: [[1, 16], [3, 1, 13]], 70: [[1, 1, 30, 38], random_lengths(70, 1, 25)]}
+
+
+@pytest.fixture(autouse=True)
+def small_plan(monkeypatch):
+    monkeypatch.setattr(configs, "plan_for", lambda *_: SMALL)
+    # The interpreter calls Python for every element of an associative scan; one test scans several at once.
+    monkeypatch.setattr(state_scan, "BLOCK_S", 1)
+
+
+def inputs_of(T: int, **options) -> dict[str, Tensor]:
+    return make_inputs(T, **({"H": 2, "G": 1, "D": 16, "Dv": 16} | options))
+
+
+def check(inputs, tolerance=1e-5, dtype=torch.float32, **options) -> None:
+    inputs = cast(cast(inputs, dtype), torch.float64)
+    expected = run(residual_linear_attention, inputs, impl="torch", **options)
+    got = run(residual_linear_attention, cast(inputs, dtype), impl="triton", **options)
+    assert got["o"].dtype == dtype
+    assert_same(got, expected, tolerance)
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "relu", "softmax_single", "identity"])
+def test_feature_maps(feature_map):
+    check(inputs_of(70, feature_map=feature_map), window=5, feature_map=feature_map)
+    extras = {"decay": True, "start": "query", "feature_map": feature_map}
+    check(inputs_of(33, **extras), window=0, feature_map=feature_map, document_ids=document_ids([[20, 13], [1, 32]]))
+
+
+@pytest.mark.parametrize(("T", "window"), itertools.product((1, 17, 70), (None, 0, 5)))
+def test_lengths_and_windows(T, window):
+    check(inputs_of(T), window=window)
+
+
+@pytest.mark.parametrize(
+    ("T", "decay", "start", "documents"),
+    [
+        (70, True, "", False),
+        (70, False, "", True),
+        (70, True, "query", True),
+        (17, True, "kv", True),
+        (17, False, "query", False),
+        (17, True, "kv", False),
+        (17, False, "kv", True),
+    ],
+)
+def test_options(T, decay, start, documents):
+    ids = document_ids(DOCUMENTS[T]) if documents else None
+    check(inputs_of(T, decay=decay, start=start), window=5, document_ids=ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype):
+    check(inputs_of(70), window=5, dtype=dtype, tolerance=1e-2)
+
+
+def test_scan_of_several_segments_at_once(monkeypatch):
+    monkeypatch.setattr(state_scan, "BLOCK_S", 4)
+    inputs = make_inputs(70, B=1, H=1, G=1, D=16, Dv=16, decay=True)
+    check(inputs, window=0, feature_map="softmax_single")
+
+
+def test_strong_decay():
+    inputs = inputs_of(40, decay=True)
+    with torch.no_grad():
+        inputs["decay"] *= 100
+        inputs["decay"][:, 7] = -torch.inf
+    inputs = cast(inputs, torch.float32)
+    expected = run(residual_linear_attention, cast(inputs, torch.float64), impl="torch", window=1)
+    assert_same(run(residual_linear_attention, inputs, impl="triton", window=1), expected, 1e-5)
+
+
+@pytest.mark.parametrize("cuts", [(30,), (3, 10, 41)], ids=str)
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
+def test_a_split_sequence_is_the_unsplit_one(cuts, documents):
+    T, window = 70, 5
+    ids = document_ids(DOCUMENTS[T]) if documents else None
+    inputs = inputs_of(T, decay=True, start="query")
+
+    def split(inputs, impl):
+        state, rows = inputs["initial_state"], []
+        for a, b in itertools.pairwise((0, *cuts, T)):
+            now = {name: inputs[name][:, a:b] for name in ("q", "k", "v", "decay")}
+            o, state = residual_linear_attention(
+                **now,
+                window=window,
+                initial_state=state,
+                document_ids=None if ids is None else ids[:, a:b],
+                return_final_state=True,
+                impl=impl,
+            )
+            rows.append(o)
+        # The last state counts, too: its gradient enters at the far end.
+        return torch.cat((torch.cat(rows, dim=1).flatten(), state.carried_BGFD.flatten()))
+
+    single = cast(inputs, torch.float32)
+    expected = gradients(split(inputs, "torch"), inputs)
+    assert_same(gradients(split(single, "triton"), single), expected, 1e-5)
+    whole = residual_linear_attention(**single, window=window, document_ids=ids, impl="triton").flatten()
+    assert_close(split(single, "triton")[: whole.numel()], whole, 1e-5)
+
+
+def test_strides():
+    inputs = cast(inputs_of(33), torch.float32)
+    expected = run(residual_linear_attention, cast(inputs, torch.float64), impl="torch", window=2)
+    folded = {name: x.detach().permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1) for name, x in inputs.items()}
+    folded = {name: x.requires_grad_() for name, x in folded.items()}
+    o = residual_linear_attention(**folded, window=2, impl="triton")
+    do = output_gradient(o.double()).float().transpose(1, 3).contiguous().transpose(1, 3)
+    got = dict(zip(["dq", "dk", "dv"], torch.autograd.grad(o, list(folded.values()), do), strict=True))
+    assert_same({"o": o.detach()} | got, expected, 1e-5)
+
+
+def test_rows_without_keys_are_zero_and_gradients_there_too():
+    inputs = cast(inputs_of(20), torch.float32)
+    o = residual_linear_attention(**inputs, window=7, impl="triton")
+    assert (o[:, :8] == 0).all()
+    assert not residual_linear_attention(**inputs, window=20, impl="triton").any()
+
+
+def test_nan_stays_in_its_document():
+    inputs = cast(inputs_of(70), torch.float32)
+    with torch.no_grad():
+        for name in "kv":
+            inputs[name][:, 20:40] = torch.nan
+    ids = document_ids([[20, 20, 30]] * 2)
+    got = run(residual_linear_attention, inputs, impl="triton", window=2, document_ids=ids)
+    assert got["o"][:, :20].isfinite().all()
+    assert got["o"][:, 40:].isfinite().all()
+    assert got["o"][:, 23:40].isnan().all()
+
+
+def test_future_nan_leaks_nothing():
+    inputs = cast(inputs_of(40), torch.float32)
+    before = residual_linear_attention(**inputs, window=3, impl="triton")
+    with torch.no_grad():
+        inputs["k"][:, 25], inputs["v"][:, 25] = torch.nan, torch.nan
+    after = residual_linear_attention(**inputs, window=3, impl="triton")
+    assert torch.equal(after[:, :29], before[:, :29])
+    assert after[:, 29:].isnan().all()
+
+
+def test_opcheck():
+    inputs = cast(inputs_of(20, decay=True, start="kv"), torch.float32)
+    q, k, v, start = (inputs[name] for name in ("q", "k", "v", "initial_state"))
+    rows = inputs["decay"].detach().double().transpose(1, 2).requires_grad_()
+    ids = document_ids([[9, 11], [1, 19]])
+    start_log = rows.detach().cumsum(2).requires_grad_()
+    for options in ((None,) * 7, (rows, ids, ids, ids[:, 0].clone(), start.detach() * 0, start, start_log)):
+        torch.library.opcheck(fused_fwd, (q, k, v, *options, 3, "softmax", True))
+
+
+def test_compile_fullgraph():
+    inputs = cast(inputs_of(40, decay=True, start="query"), torch.float32)
+    options = {"window": 5, "document_ids": document_ids([[30, 10], [39, 1]]), "impl": "triton"}
+    compiled = torch.compile(residual_linear_attention, fullgraph=True, backend="aot_eager", dynamic=False)
+    assert_same(run(compiled, inputs, **options), run(residual_linear_attention, inputs, **options), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"D": 24}, "takes head sizes 16, 32, 64 and 128, got 24"), ({"Dv": 8}, "got 16 and 8 .values.; impl=.torch.")],
+)
+def test_refusals(changes, message):
+    inputs = cast(make_inputs(5, **({"D": 16, "Dv": 16} | changes)), torch.float32)
+    with pytest.raises(ValueError, match=message):
+        residual_linear_attention(**inputs, window=1, impl="triton")
+
+
+def test_float64_is_refused():
+    with pytest.raises(ValueError, match=r"takes bfloat16, float16 or float32, got torch.float64; impl=.torch."):
+        residual_linear_attention(**inputs_of(5), window=1, impl="triton")
