@@ -153,7 +153,7 @@ def prepare(
     if q.is_cuda:
         major, minor = torch.cuda.get_device_capability(q.device)
         capability = 10 * major + minor
-    plan = configs.plan_for(q.dtype, q.shape[3], v.shape[3], capability)
+    plan = configs.plan_for(q.dtype, q.shape[3], v.shape[3], capability, start is not None)
     sizes = sizes_of(q, k, v, lag, feature_map, plan)
     cum_hi = cum_lo = start_sum = None
     if rows is not None:
