@@ -82,15 +82,10 @@ class RAttentionModel(Decoder):
 
         def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
             Decoder.Config.update_from_config(self, config=config, **kwargs)
-            parallelism = config.parallelism
-            if parallelism.context_parallel_degree > 1:
-                raise ValueError(
-                    f"parallelism.context_parallel_degree = {parallelism.context_parallel_degree} is not supported: "
-                    "the linear branch needs the state of the ranks before it, which is not exchanged yet; use 1"
-                )
+            refuse_context_parallel(config.parallelism)
             from flexrattn.sharding import set_sharding
 
-            set_sharding(self, enable_sp=parallelism.enable_sequence_parallel)
+            set_sharding(self, enable_sp=config.parallelism.enable_sequence_parallel)
 
         def get_nparams_and_flops(self, model: torch.nn.Module, seq_len: int) -> tuple[int, int]:
             return flops.nparams_and_flops_per_token(self, model, seq_len)
@@ -114,6 +109,15 @@ class RAttentionModel(Decoder):
             return build(whole, batch=batch, heads=None, q_len=tokens, kv_len=tokens, device=positions.device)
 
         return {key: of_batch(mask) for key, mask in self.mask_mods.items()}
+
+
+def refuse_context_parallel(parallelism: Any) -> None:
+    """ValueError for a degree above 1. The model asks, and the trainer before any device is touched."""
+    if parallelism.context_parallel_degree > 1:
+        raise ValueError(
+            f"parallelism.context_parallel_degree = {parallelism.context_parallel_degree} is not supported: "
+            "the linear branch needs the state of the ranks before it, which is not exchanged yet; use 1"
+        )
 
 
 def log_layers(config: RAttentionModel.Config, seq_len: int) -> None:

@@ -23,7 +23,7 @@ from torchtitan.trainer import Trainer
 from flexrattn import compat, platform
 from flexrattn.data.text import TextDataLoader, check_saved_dp_degree
 from flexrattn.data.tokenizer import check_vocabulary
-from flexrattn.model import RAttentionModel, log_layers
+from flexrattn.model import RAttentionModel, log_layers, refuse_context_parallel
 
 CONFIG_FILE = "config.json"
 
@@ -37,7 +37,6 @@ class ProgressMetrics(MetricsProcessor):
 
     total_steps: int | None = None
     tokens_per_step: int | None = None
-    first_loss: float | None = None
     last_loss: float | None = None
     validation_losses: dict[int, float]
 
@@ -50,8 +49,6 @@ class ProgressMetrics(MetricsProcessor):
             self.has_quantization = True
 
     def log(self, step: int, global_avg_loss: float, *args: Any, **kwargs: Any) -> None:
-        if self.first_loss is None:
-            self.first_loss = global_avg_loss
         self.last_loss = global_avg_loss
         with _suffix(f"  time left: {self._time_left(step)}"):
             super().log(step, global_avg_loss, *args, **kwargs)
@@ -164,11 +161,7 @@ def check_before_start(config: RAttentionTrainer.Config) -> None:
     chunks = getattr(config.loss, "num_chunks", 1)
     if training.seq_len % chunks:
         raise ValueError(f"training.seq_len {training.seq_len} must be a multiple of loss.num_chunks {chunks}")
-    if config.parallelism.context_parallel_degree > 1:
-        raise ValueError(
-            f"parallelism.context_parallel_degree = {config.parallelism.context_parallel_degree} is not supported: "
-            "the linear branch needs the state of the ranks before it, which is not exchanged yet; use 1"
-        )
+    refuse_context_parallel(config.parallelism)
     check_vocabulary(config.tokenizer.build(tokenizer_path=config.hf_assets_path), model.vocab_size)
     check_resumed_model(config)
 
