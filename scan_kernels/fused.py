@@ -13,6 +13,14 @@ from scan_kernels.kernels.chunk_dq import launch_chunk_dq
 from scan_kernels.kernels.chunk_output import launch_chunk_output_fwd
 from scan_kernels.kernels.chunk_state import launch_chunk_state_bwd, launch_chunk_state_fwd
 from scan_kernels.kernels.configs import Plan
+from scan_kernels.kernels.hopper_dkv import launch_hopper_dkv
+from scan_kernels.kernels.hopper_query import launch_hopper_dq, launch_hopper_output
+from scan_kernels.kernels.hopper_state import (
+    launch_hopper_state_bwd,
+    launch_hopper_state_fwd,
+    launch_hopper_totals,
+    reorder_state,
+)
 from scan_kernels.kernels.launch import Launch, Sizes, States, Tensors
 from scan_kernels.kernels.state_scan import launch_state_scan
 from scan_kernels.precision import without_autocast
@@ -45,6 +53,7 @@ def sizes_of(q: Tensor, k: Tensor, v: Tensor, lag: int, feature_map: str, plan: 
         halves=halves,
         chunk=plan.chunk,
         segment=plan.segment,
+        reordered=plan.hopper,
     )
 
 
@@ -57,12 +66,16 @@ def split_init(sizes: Sizes, state_BGFD: Tensor | None) -> Tensor | None:
     if sizes.feature_map == common.SOFTMAX.value:
         sums = state.sum(1, keepdim=True) / sizes.halves
         state = state - sums / sizes.D
+    if sizes.reordered:
+        state = reorder_state(state, sizes.D)
     return torch.cat((state, sums), dim=1)
 
 
 def join_final(sizes: Sizes, final: Tensor) -> Tensor:
     """The inverse of `split_init`: (B, G, F, DV) fp32."""
     state, sums = final[:, :-1], final[:, -1:]
+    if sizes.reordered:
+        state = reorder_state(state, sizes.D)
     if sizes.feature_map == common.SOFTMAX.value:
         state = state + sums / sizes.D
     return state.unflatten(0, (sizes.B, sizes.G))
@@ -93,6 +106,8 @@ def scan_states(
 def forward(
     sizes: Sizes, x: Tensors, init: Tensor | None, plan: Plan, *, with_final: bool, run=Launch.run
 ) -> tuple[Tensor, Tensor | None]:
+    if plan.hopper:
+        return _hopper_forward(sizes, x, init, plan, with_final=with_final, run=run)
     compute = compute_dtype(x.q.dtype)
     first = launch_chunk_state_fwd(sizes, x, plan.state_fwd, compute)
     states, final = scan_states(sizes, first, init, backward=False, with_final=with_final, run=run)
@@ -123,6 +138,8 @@ def backward(
     with_init_grad: bool,
     run=Launch.run,
 ) -> Gradients:
+    if plan.hopper:
+        return _hopper_backward(sizes, x, init, do, final_init, plan, with_init_grad=with_init_grad, run=run)
     compute = compute_dtype(x.q.dtype)
     first = launch_chunk_state_fwd(sizes, x, plan.state_fwd, compute)
     # The decays of all rows are felt by the final state, too.
@@ -145,6 +162,68 @@ def backward(
     return Gradients(dq, dk, dv, d_read, d_start, d_given, d_init, final)
 
 
+def _rows_of_16_bytes(x: Tensor) -> Tensor:
+    """x, or a copy where the 16-byte loads of the Hopper stages could not read it."""
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(stride % 16 for stride in x.stride()[:-1])
+    return x if fits else x.contiguous()
+
+
+def _hopper_states(
+    sizes: Sizes, x: Tensors, init: Tensor | None, plan: Plan, *, with_final: bool, run
+) -> tuple[Launch, Tensor | None]:
+    """The launch that wrote the states in front of every chunk, and (with_final) the state behind the last key."""
+    carry = carry_sums = final = None
+    if sizes.segments > 1 or init is not None or with_final:
+        totals = launch_hopper_totals(sizes, x, plan.state_fwd)
+        run(totals)
+        scan, carry, carry_sums, final = launch_state_scan(
+            sizes,
+            totals.args["totals"],
+            totals.args["total_factors"],
+            init,
+            dtype=torch.float32,
+            backward=False,
+            with_final=with_final,
+        )
+        run(scan)
+    states = launch_hopper_state_fwd(sizes, x, carry, carry_sums, plan.state_fwd)
+    run(states)
+    return states, final
+
+
+def _hopper_forward(
+    sizes: Sizes, x: Tensors, init: Tensor | None, plan: Plan, *, with_final: bool, run
+) -> tuple[Tensor, Tensor | None]:
+    states, final = _hopper_states(sizes, x, init, plan, with_final=with_final, run=run)
+    o = torch.empty(sizes.B, sizes.T, sizes.H, sizes.DV, dtype=x.q.dtype, device=x.q.device)
+    run(launch_hopper_output(sizes, x, states.args["states"], states.args["value_sums"], o, plan.output))
+    return o, final
+
+
+def _hopper_backward(
+    sizes: Sizes,
+    x: Tensors,
+    init: Tensor | None,
+    do: Tensor,
+    final_init: Tensor | None,
+    plan: Plan,
+    *,
+    with_init_grad: bool,
+    run,
+) -> Gradients:
+    do = do if do.is_meta else _rows_of_16_bytes(do)
+    states, _ = _hopper_states(sizes, x, init, plan, with_final=False, run=run)
+    dq = torch.empty(x.q.shape, dtype=x.q.dtype, device=x.q.device)
+    dk = torch.empty(x.k.shape, dtype=x.q.dtype, device=x.q.device)
+    dv = torch.empty(x.v.shape, dtype=x.q.dtype, device=x.q.device)
+    run(launch_hopper_dq(sizes, x, states.args["states"], do, dq, plan.dq))
+    del states
+    last = launch_hopper_state_bwd(sizes, x, do, plan.state_bwd)
+    behind, d_init = scan_states(sizes, last, final_init, backward=True, with_final=with_init_grad, run=run)
+    run(launch_hopper_dkv(sizes, x, behind, do, dk, dv, plan.dkv))
+    return Gradients(dq, dk, dv, None, None, None, d_init, None)
+
+
 def prepare(
     q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag: int, feature_map: str
 ) -> tuple[Sizes, Tensors, Tensor | None, Plan]:
@@ -153,8 +232,10 @@ def prepare(
     if q.is_cuda:
         major, minor = torch.cuda.get_device_capability(q.device)
         capability = 10 * major + minor
-    plan = configs.plan_for(q.dtype, q.shape[3], v.shape[3], capability, start is not None)
+    plan = configs.plan_for(q.dtype, q.shape[3], v.shape[3], capability, start is not None, rows is not None)
     sizes = sizes_of(q, k, v, lag, feature_map, plan)
+    if plan.hopper and not q.is_meta:
+        q, k, v = _rows_of_16_bytes(q), _rows_of_16_bytes(k), _rows_of_16_bytes(v)
     cum_hi = cum_lo = start_sum = None
     if rows is not None:
         cum = nnf.pad(rows.double(), (0, sizes.N * sizes.chunk - sizes.T)).unflatten(2, (sizes.N, sizes.chunk))

@@ -181,7 +181,7 @@ def chunk_state_bwd_kernel(
             tl.store(total_factors + bg * segments + segment, share, mask=v0 == 0)
 
 
-def _outputs(sizes: Sizes, like, compute, has_factor: bool):
+def state_outputs(sizes: Sizes, like, compute, has_factor: bool):
     BG, N, segments, F, DV = sizes.B * sizes.G, sizes.N, sizes.segments, sizes.F, sizes.DV
     return {
         "states": like.new_empty(BG, N, F, DV, dtype=compute),
@@ -193,7 +193,7 @@ def _outputs(sizes: Sizes, like, compute, has_factor: bool):
 
 
 def launch_chunk_state_fwd(sizes: Sizes, x: Tensors, config: Config, compute: torch.dtype) -> Launch:
-    outputs = _outputs(sizes, x.k, compute, x.cum_hi is not None or x.key_doc is not None)
+    outputs = state_outputs(sizes, x.k, compute, x.cum_hi is not None or x.key_doc is not None)
     args = {
         "k": x.k,
         "v": x.v,
@@ -206,7 +206,7 @@ def launch_chunk_state_fwd(sizes: Sizes, x: Tensors, config: Config, compute: to
 
 
 def launch_chunk_state_bwd(sizes: Sizes, x: Tensors, do: Tensor, config: Config, compute: torch.dtype) -> Launch:
-    outputs = _outputs(sizes, x.k, compute, x.cum_hi is not None or x.key_doc is not None)
+    outputs = state_outputs(sizes, x.k, compute, x.cum_hi is not None or x.key_doc is not None)
     args = {
         "q": x.q,
         "do": do,

@@ -21,6 +21,7 @@ class Plan:
     output: Config
     dq: Config
     dkv: Config
+    hopper: bool = False  # the stages of kernels/hopper_*.py
 
 
 # Measured on an H200 with D = Dv = 128, softmax, bf16: docs/kernels.md.
@@ -52,8 +53,25 @@ HALF_LEAN = replace(
 )
 
 
-def plan_for(dtype: torch.dtype, D: int, DV: int, capability: int = 90, with_start: bool = False) -> Plan:
+# bf16, D = Dv = 64 or 128, neither decay nor a start state.
+HOPPER = Plan(
+    chunk=64,
+    segment=16,
+    state_fwd=Config(num_warps=8, registers=128),  # two programs an SM
+    state_bwd=Config(num_warps=8, registers=128),
+    output=Config(num_warps=4),
+    dq=Config(num_warps=4),
+    dkv=Config(num_warps=4),
+    hopper=True,
+)
+
+
+def plan_for(
+    dtype: torch.dtype, D: int, DV: int, capability: int = 90, with_start: bool = False, with_decay: bool = False
+) -> Plan:
     """The plan for a CUDA capability (80, 90, 100), `with_start` where every document begins at a given state."""
     if dtype == torch.float32:
         return SINGLE
+    if dtype == torch.bfloat16 and capability == 90 and D == DV and D in (64, 128) and not with_start and not with_decay:
+        return HOPPER
     return HALF_LEAN if capability < 90 or with_start else HALF

@@ -24,6 +24,7 @@ class Sizes:
     halves: int
     chunk: int
     segment: int  # chunks
+    reordered: bool = False  # states in the order of hopper_common.column_of
 
     @property
     def N(self) -> int:
@@ -79,10 +80,12 @@ class Config:
     block_f: int = 128  # features of a program, where the stage cuts them
     block_v: int = 128  # value columns of a program, where the stage cuts them
     heads: int = 1  # query heads side by side in one tile
+    registers: int | None = None  # most that a thread may take; None: the compiler's choice
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 def precision(compute: torch.dtype) -> str:
@@ -134,6 +137,7 @@ class Launch:
 
     def source(self) -> Any:
         from triton.compiler import ASTSource
+        from triton.experimental.gluon._runtime import GluonASTSource
 
         signature, constants, attributes = {}, {}, {}
         for i, parameter in enumerate(self.kernel.params):
@@ -147,4 +151,5 @@ class Launch:
                 signature[name] = "fp32" if isinstance(x, float) else "i32" if abs(x) < 2**31 else "i64"
             if isinstance(x, Tensor) or (isinstance(x, int) and x % 16 == 0):
                 attributes[(i,)] = [["tt.divisibility", 16]]
-        return ASTSource(self.kernel, signature, constants, attributes)
+        source = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        return source(self.kernel, signature, constants, attributes)

@@ -89,7 +89,8 @@ def launch_state_scan(
         "DV": DV,
         "HAS_FACTOR": total_factors is not None,
         "REVERSED": backward,
-        "BLOCK_S": BLOCK_S,
+        "BLOCK_S": min(BLOCK_S, 1 << (sizes.segments - 1).bit_length()),
     }
-    launch = Launch(state_scan_kernel, (F + 1, BG), args, {"num_warps": 4, "num_stages": 1})
+    warps = 1 if sizes.segments <= 8 else 4
+    launch = Launch(state_scan_kernel, (F + 1, BG), args, {"num_warps": warps, "num_stages": 1})
     return launch, carry, carry_sums, final

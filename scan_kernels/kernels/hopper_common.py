@@ -1,0 +1,181 @@
+"""What the Hopper stages share: tiles that move between global memory, registers and the tensor cores without a shuffle.
+
+A warpgroup's matrix product (wgmma) reads its left operand from registers in which a thread holds columns 2t, 2t+1,
+8+2t, 8+2t+1, ... (t: lane % 4), and leaves its result in the same places. Loads of 16 bytes want columns 8t ... 8t+7. Both
+are true at once if the columns are renamed: column c of memory is column p of the product, with the bits of the index
+moved as `column_of` says. A sum over columns does not see their order, so q, k, v, do are all renamed alike on the way
+in, o, dq, dk, dv back on the way out, and no tile passes through shared memory but those that are a right operand.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from scan_kernels.kernels.common import RELU, SOFTMAX
+
+_SOFTMAX = gl.constexpr(SOFTMAX.value)
+_RELU = gl.constexpr(RELU.value)
+_LOG2E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.constexpr_function
+def tile_layout(ROWS, COLUMNS, WARPS):
+    """Of a (ROWS, COLUMNS) tile as it is loaded and stored: 16 bytes a thread, rows where wgmma wants them."""
+    registers = [[0, 1], [0, 2], [0, 4]] + [[0, 32 << i] for i in range((COLUMNS // 32).bit_length() - 1)]
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    first = 8
+    if ROWS >= 16 * WARPS:
+        registers.append([8, 0])
+        first = 16
+    warps = [[first << i, 0] for i in range(WARPS.bit_length() - 1)]
+    rows = first * WARPS
+    while rows < ROWS:
+        registers.append([rows, 0])
+        rows *= 2
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [ROWS, COLUMNS])
+
+
+@gluon.constexpr_function
+def product_layout(COLUMNS, WARPS):
+    """Of the result of a product with COLUMNS columns, WARPS warps below each other."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, COLUMNS, 16])
+
+
+@gluon.constexpr_function
+def operand_layout(COLUMNS, WARPS):
+    """Of a left operand in registers."""
+    return gl.DotOperandLayout(operand_index=0, parent=product_layout(COLUMNS, WARPS), k_width=2)
+
+
+@gluon.constexpr_function
+def shared_layout(COLUMNS):
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * COLUMNS), element_bitwidth=16, rank=2)
+
+
+@gluon.jit
+def column_of(p):
+    """The column of memory that the product knows as p."""
+    return (p & 1) | (((p >> 3) & 3) << 1) | (((p >> 1) & 3) << 3) | (p - p % 32)
+
+
+@gluon.jit
+def rename(x, ROWS: gl.constexpr, D: gl.constexpr):
+    """Columns of memory -> columns of the product."""
+    x = gl.reshape(x, [ROWS, D // 32, 4, 2, 2, 2])
+    return gl.reshape(gl.permute(x, [0, 1, 3, 4, 2, 5]), [ROWS, D])
+
+
+@gluon.jit
+def to_memory(x, ROWS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr):
+    """The inverse of `rename`, in the layout of stores."""
+    x = gl.reshape(x, [ROWS, D // 32, 2, 2, 4, 2])
+    return gl.convert_layout(gl.reshape(gl.permute(x, [0, 1, 4, 2, 3, 5]), [ROWS, D]), TILE)
+
+
+@gluon.constexpr_function
+def copy_layout(COLUMNS, WARPS):
+    """Of pointers that are copied to shared memory, 16 bytes a thread, whole rows side by side."""
+    return gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [WARPS, 1], [1, 0])
+
+
+@gluon.jit
+def copy_rows(
+    s_x, p, stride, first, lower, upper, C: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    """Start the copy of rows first ... first + C of a tensor to shared memory, 0 outside lower <= row < upper."""
+    COPY: gl.constexpr = copy_layout(D, WARPS)
+    rows = first + gl.arange(0, C, gl.SliceLayout(1, COPY))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, COPY))
+    offsets = (rows.to(gl.int64) * stride)[:, None] + o_d[None, :]
+    mask = (rows >= lower) & (rows < upper)
+    async_copy.async_copy_global_to_shared(s_x, p + offsets, mask=mask[:, None])
+
+
+@gluon.jit
+def load_tile(p, stride_row, stride_column, rows, mask, D: gl.constexpr, TILE: gl.constexpr):
+    """Rows of a tensor, 0 where the mask (over rows) is off. `rows` lies in SliceLayout(1, TILE)."""
+    o_d = gl.arange(0, D, gl.SliceLayout(0, TILE))
+    offsets = (rows * stride_row)[:, None] + (o_d * stride_column)[None, :]
+    return gl.load(p + offsets, mask=mask[:, None], other=0.0)
+
+
+@gluon.jit
+def store_tile(p, stride_row, rows, x, mask, D: gl.constexpr, TILE: gl.constexpr):
+    o_d = gl.arange(0, D, gl.SliceLayout(0, TILE))
+    gl.store(p + (rows * stride_row)[:, None] + o_d[None, :], x.to(p.dtype.element_ty), mask=mask[:, None])
+
+
+@gluon.jit
+def raw_feature_map(x, SIGN, MAP: gl.constexpr):
+    """phi(SIGN x) over whole rows, fp32."""
+    y = x.to(gl.float32) * SIGN
+    if MAP == _SOFTMAX:
+        top = gl.max(y, 1) * _LOG2E
+        e = gl.exp2(y * _LOG2E - top[:, None])
+        y = e * (1.0 / gl.sum(e, 1))[:, None]
+    elif MAP == _RELU:
+        y = gl.where(y != y, y, gl.maximum(y, 0.0))
+    return y
+
+
+@gluon.jit
+def feature_map(x, SIGN, MAP: gl.constexpr, D: gl.constexpr):
+    """phi(SIGN x); softmax features come less their mean 1/D: see docs/kernels.md, Precision."""
+    y = raw_feature_map(x, SIGN, MAP)
+    if MAP == _SOFTMAX:
+        y = y - 1.0 / D
+    return y
+
+
+@gluon.jit
+def feature_map_bwd(x, dphi, SIGN, MAP: gl.constexpr):
+    """dx of phi(SIGN x). Any constant added to a row of dphi leaves softmax's dx as it is."""
+    if MAP == _SOFTMAX:
+        phi = raw_feature_map(x, SIGN, MAP)
+        dx = phi * (dphi - gl.sum(phi * dphi, 1)[:, None])
+    elif MAP == _RELU:
+        dx = gl.where(x.to(gl.float32) * SIGN > 0, dphi, 0.0)
+    else:
+        dx = dphi
+    return dx * SIGN
+
+
+@gluon.jit
+def is_bad(x):
+    """1 for rows with a NaN or an infinity: 0 times those is NaN."""
+    return (gl.sum(x.to(gl.float32) * 0.0, 1) != 0).to(gl.int32)
+
+
+@gluon.jit
+def key_document(p_document, stride, carried_document, row, lag, T):
+    """Document of the key of each row. Rows without a key: the carried document before, the last one behind."""
+    key = gl.minimum(row, T - 1) - lag
+    document = gl.load(p_document + key.to(gl.int64) * stride, mask=key >= 0, other=0)
+    return gl.where(key >= 0, document, carried_document)
+
+
+@gluon.jit
+def load_border(p_state, p_carry, factor, HAS_CARRY: gl.constexpr, HAS_FACTOR: gl.constexpr):
+    """What the segment gathered up to the chunk, and the share of what came before the segment."""
+    state = gl.load(p_state)
+    if HAS_CARRY:
+        carry = gl.load(p_carry).to(gl.float32)
+        if HAS_FACTOR:
+            carry = gl.where(factor == 0, 0.0, factor * carry)
+        state = (state.to(gl.float32) + carry).to(p_state.dtype.element_ty)
+    return state
+
+
+@gluon.jit
+def load_half_state(
+    s_state, states, carry, factor, half, D: gl.constexpr, WARPS: gl.constexpr,
+    HAS_CARRY: gl.constexpr, HAS_FACTOR: gl.constexpr,
+):  # fmt: skip
+    """D rows of a state, as the product names them, into shared memory, columns in plain order; 32 rows at a time."""
+    TILE: gl.constexpr = tile_layout(32, D, WARPS)
+    o_f = gl.arange(0, 32, gl.SliceLayout(1, TILE))
+    o_v = gl.arange(0, D, gl.SliceLayout(0, TILE))
+    for i in gl.static_range(D // 32):
+        offsets = (half * D + 32 * i + o_f)[:, None] * D + o_v[None, :]
+        state = load_border(states + offsets, carry + offsets, factor, HAS_CARRY, HAS_FACTOR)
+        s_state.slice(32 * i, 32, dim=0).store(rename(state, 32, D))

@@ -1,0 +1,288 @@
+"""Stage 3 over queries on Hopper: `chunk_output.py` and `chunk_dq.py` with one warpgroup a program, two programs an SM.
+
+S_n, phi(k) and v lie in shared memory (112 KB at D = 128); queries go from global memory to registers, through the
+feature map into the tensor cores, and their results from there to global memory. Neither decay nor a start state.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from scan_kernels.kernels.hopper_common import (
+    _SOFTMAX,
+    copy_rows,
+    feature_map,
+    feature_map_bwd,
+    is_bad,
+    key_document,
+    load_tile,
+    operand_layout,
+    product_layout,
+    rename,
+    shared_layout,
+    store_tile,
+    tile_layout,
+    to_memory,
+)
+from scan_kernels.kernels.launch import Config, Launch, Sizes, Tensors, strides
+
+WARPS = gl.constexpr(4)
+
+
+@gluon.jit
+def hopper_output_kernel(
+    q, k, v, o, query_doc, key_doc, carried_doc, states, sums,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, qdoc_sb, qdoc_st, doc_sb, doc_st,
+    T, lag, N, G,
+    R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr, HAS_DOCS: gl.constexpr,
+):  # fmt: skip
+    TILE: gl.constexpr = tile_layout(C, D, WARPS)
+    ACC: gl.constexpr = product_layout(D, WARPS)
+    SCORES: gl.constexpr = product_layout(C, WARPS)
+    LEFT: gl.constexpr = operand_layout(D, WARPS)
+    LEFT_SCORES: gl.constexpr = operand_layout(C, WARPS)
+    PAIRED: gl.constexpr = F == 2 * D
+    MEAN: gl.constexpr = F / D / D
+    bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0)
+    b, g = bg // G, bg % G
+
+    s_s1 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
+    s_k1 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+    s_v = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+    if PAIRED:
+        s_s2 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
+        s_k2 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+
+    # The state before the chunk.
+    states += (bg * N + n) * F * D
+    copy_rows(s_s1, states, D, 0, 0, D, D, D, WARPS)
+    if PAIRED:
+        copy_rows(s_s2, states + D * D, D, 0, 0, D, D, D, WARPS)
+    async_copy.commit_group()
+
+    # The chunk's keys. A masked score is 0, but 0 * NaN is NaN: keys and values that are not finite leave the products,
+    # and set those who may read them to NaN below.
+    o_c = gl.arange(0, C, gl.SliceLayout(1, TILE))
+    o_t = n * C + o_c
+    m_j = (o_t < T) & (o_t >= lag)
+    p_key = (o_t - lag).to(gl.int64)
+    key = load_tile(k + b * k_sb + g * k_sg, k_st, 1, p_key, m_j, D, TILE)
+    value = load_tile(v + b * v_sb + g * v_sg, v_st, 1, p_key, m_j, D, TILE)
+    m_i = o_t < T
+    o_i = o_t.to(gl.int64)
+    q += b * q_sb + g * R * q_sh
+    query = load_tile(q, q_st, 1, o_i, m_i, D, TILE)
+    if MAP == _SOFTMAX:
+        o_m = gl.arange(0, D, gl.BlockedLayout([1], [32], [WARPS], [0]))
+        mean = MEAN * gl.load(sums + (bg * N + n) * D + o_m)
+        s_mean = gl.allocate_shared_memory(gl.float32, [D], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        s_mean.store(mean)
+    bad = gl.maximum(is_bad(key), is_bad(value))
+    s_v.store(rename(gl.where(bad[:, None] != 0, 0.0, value).to(gl.bfloat16), C, D))
+    any_bad = gl.max(bad, 0)
+    key = gl.where(bad[:, None] != 0, 0.0, key)
+    s_k1.store(rename(feature_map(key, 1.0, MAP, D).to(gl.bfloat16), C, D))
+    if PAIRED:
+        s_k2.store(rename(feature_map(key, -1.0, MAP, D).to(gl.bfloat16), C, D))
+
+    i_row = gl.arange(0, C, gl.SliceLayout(1, SCORES))
+    j_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
+    pairs = i_row[:, None] >= j_row[None, :]
+    if HAS_DOCS:
+        carried = gl.load(carried_doc + b)
+        key_doc += b * doc_sb
+        query_doc += b * qdoc_sb
+        before = key_document(key_doc, doc_st, carried, n * C - 1, lag, T)
+        doc_i = gl.load(query_doc + gl.minimum(n * C + i_row, T - 1).to(gl.int64) * qdoc_st)
+        doc_j = key_document(key_doc, doc_st, carried, n * C + j_row, lag, T)
+        pairs = pairs & (doc_i[:, None] == doc_j[None, :])
+        o_row = gl.arange(0, C, gl.SliceLayout(1, ACC))
+        reads = gl.load(query_doc + gl.minimum(n * C + o_row, T - 1).to(gl.int64) * qdoc_st) == before
+
+    o += (b * T * G * R + g * R) * D
+    async_copy.wait_group(0)
+    fence_async_shared()
+    for r in range(0, R):
+        b_q1 = gl.convert_layout(rename(feature_map(query, 1.0, MAP, D).to(gl.bfloat16), C, D), LEFT)
+        scores = warpgroup_mma(
+            b_q1, s_k1.permute([1, 0]), gl.zeros([C, C], gl.float32, SCORES), use_acc=False, is_async=True
+        )
+        if PAIRED:
+            b_q2 = gl.convert_layout(rename(feature_map(query, -1.0, MAP, D).to(gl.bfloat16), C, D), LEFT)
+        out = warpgroup_mma(b_q1, s_s1, gl.zeros([C, D], gl.float32, ACC), use_acc=False, is_async=True)
+        query = load_tile(q + (r + 1) * q_sh, q_st, 1, o_i, m_i & (r + 1 < R), D, TILE)
+        if PAIRED:
+            scores = warpgroup_mma(b_q2, s_k2.permute([1, 0]), scores, is_async=True)
+            out = warpgroup_mma(b_q2, s_s2, out, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        if MAP == _SOFTMAX:
+            scores = scores + MEAN
+        b_scores = gl.convert_layout(gl.where(pairs, scores, 0.0).to(gl.bfloat16), LEFT_SCORES)
+        if HAS_DOCS:
+            out = warpgroup_mma_wait(0, deps=[out])
+            out = gl.where(reads[:, None], out, 0.0)
+        out = warpgroup_mma(b_scores, s_v, out, is_async=True)
+        out = warpgroup_mma_wait(0, deps=[out])
+        out = to_memory(out, C, D, TILE)
+        if MAP == _SOFTMAX:
+            row_mean = s_mean.load(gl.SliceLayout(0, TILE))
+            if HAS_DOCS:
+                reads_row = gl.convert_layout(reads, gl.SliceLayout(1, TILE))
+                out += gl.where(reads_row[:, None], row_mean[None, :], 0.0)
+            else:
+                out += row_mean[None, :]
+        if any_bad != 0:
+            bad_j = gl.convert_layout(bad, gl.SliceLayout(0, SCORES))
+            reads_bad = gl.max((pairs & (bad_j != 0)[None, :]).to(gl.int32), 1)
+            reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
+            out = gl.where((reads_bad != 0)[:, None], float("nan"), out)
+        store_tile(o + r * D, G * R * D, o_i, out, m_i, D, TILE)
+
+
+@gluon.jit
+def hopper_dq_kernel(
+    q, k, v, do, dq, query_doc, key_doc, carried_doc, states,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh, qdoc_sb, qdoc_st, doc_sb, doc_st,
+    T, lag, N, G,
+    R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr, HAS_DOCS: gl.constexpr,
+):  # fmt: skip
+    TILE: gl.constexpr = tile_layout(C, D, WARPS)
+    ACC: gl.constexpr = product_layout(D, WARPS)
+    SCORES: gl.constexpr = product_layout(C, WARPS)
+    LEFT: gl.constexpr = operand_layout(D, WARPS)
+    LEFT_SCORES: gl.constexpr = operand_layout(D, WARPS)
+    PAIRED: gl.constexpr = F == 2 * D
+    bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0)
+    b, g = bg // G, bg % G
+
+    s_s1 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
+    s_k1 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+    s_v = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+    if PAIRED:
+        s_s2 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
+        s_k2 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+
+    # The state before the chunk.
+    states += (bg * N + n) * F * D
+    copy_rows(s_s1, states, D, 0, 0, D, D, D, WARPS)
+    if PAIRED:
+        copy_rows(s_s2, states + D * D, D, 0, 0, D, D, D, WARPS)
+    async_copy.commit_group()
+
+    # The chunk's keys. A masked product may still be 0 * NaN, so keys that are not finite leave them.
+    o_c = gl.arange(0, C, gl.SliceLayout(1, TILE))
+    o_t = n * C + o_c
+    m_j = (o_t < T) & (o_t >= lag)
+    p_key = (o_t - lag).to(gl.int64)
+    key = load_tile(k + b * k_sb + g * k_sg, k_st, 1, p_key, m_j, D, TILE)
+    value = load_tile(v + b * v_sb + g * v_sg, v_st, 1, p_key, m_j, D, TILE)
+    m_i = o_t < T
+    o_i = o_t.to(gl.int64)
+    do += b * do_sb + g * R * do_sh
+    d_out = load_tile(do, do_st, 1, o_i, m_i, D, TILE)
+    bad = is_bad(key)
+    s_v.store(rename(value.to(gl.bfloat16), C, D))
+    any_bad = gl.max(bad, 0)
+    key = gl.where(bad[:, None] != 0, 0.0, key)
+    s_k1.store(rename(feature_map(key, 1.0, MAP, D).to(gl.bfloat16), C, D))
+    if PAIRED:
+        s_k2.store(rename(feature_map(key, -1.0, MAP, D).to(gl.bfloat16), C, D))
+
+    i_row = gl.arange(0, C, gl.SliceLayout(1, SCORES))
+    j_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
+    pairs = i_row[:, None] >= j_row[None, :]
+    if HAS_DOCS:
+        carried = gl.load(carried_doc + b)
+        key_doc += b * doc_sb
+        query_doc += b * qdoc_sb
+        before = key_document(key_doc, doc_st, carried, n * C - 1, lag, T)
+        doc_i = gl.load(query_doc + gl.minimum(n * C + i_row, T - 1).to(gl.int64) * qdoc_st)
+        doc_j = key_document(key_doc, doc_st, carried, n * C + j_row, lag, T)
+        pairs = pairs & (doc_i[:, None] == doc_j[None, :])
+        o_row = gl.arange(0, C, gl.SliceLayout(1, ACC))
+        reads = gl.load(query_doc + gl.minimum(n * C + o_row, T - 1).to(gl.int64) * qdoc_st) == before
+
+    q += b * q_sb + g * R * q_sh
+    dq += (b * T * G * R + g * R) * D
+    async_copy.wait_group(0)
+    fence_async_shared()
+    for r in range(0, R):
+        b_do = gl.convert_layout(rename(d_out.to(gl.bfloat16), C, D), LEFT)
+        query = load_tile(q + r * q_sh, q_st, 1, o_i, m_i, D, TILE)
+        d_scores = warpgroup_mma(
+            b_do, s_v.permute([1, 0]), gl.zeros([C, C], gl.float32, SCORES), use_acc=False, is_async=True
+        )
+        dphi = warpgroup_mma(
+            b_do, s_s1.permute([1, 0]), gl.zeros([C, D], gl.float32, ACC), use_acc=False, is_async=True
+        )
+        d_scores = warpgroup_mma_wait(1, deps=[d_scores])
+        b_ds = gl.convert_layout(gl.where(pairs, d_scores, 0.0).to(gl.bfloat16), LEFT_SCORES)
+        if HAS_DOCS:
+            dphi = warpgroup_mma_wait(0, deps=[dphi])
+            dphi = gl.where(reads[:, None], dphi, 0.0)
+        dphi = warpgroup_mma(b_ds, s_k1, dphi, is_async=True)
+        dphi = warpgroup_mma_wait(0, deps=[dphi])
+        d_query = feature_map_bwd(query, to_memory(dphi, C, D, TILE), 1.0, MAP)
+        if PAIRED:
+            dphi2 = warpgroup_mma(
+                b_do, s_s2.permute([1, 0]), gl.zeros([C, D], gl.float32, ACC), use_acc=False, is_async=True
+            )
+            if HAS_DOCS:
+                dphi2 = warpgroup_mma_wait(0, deps=[dphi2])
+                dphi2 = gl.where(reads[:, None], dphi2, 0.0)
+            dphi2 = warpgroup_mma(b_ds, s_k2, dphi2, is_async=True)
+            dphi2 = warpgroup_mma_wait(0, deps=[dphi2])
+            d_query += feature_map_bwd(query, to_memory(dphi2, C, D, TILE), -1.0, MAP)
+        d_out = load_tile(do + (r + 1) * do_sh, do_st, 1, o_i, m_i & (r + 1 < R), D, TILE)
+        if any_bad != 0:
+            bad_j = gl.convert_layout(bad, gl.SliceLayout(0, SCORES))
+            reads_bad = gl.max((pairs & (bad_j != 0)[None, :]).to(gl.int32), 1)
+            reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
+            d_query = gl.where((reads_bad != 0)[:, None], float("nan"), d_query)
+        store_tile(dq + r * D, G * R * D, o_i, d_query, m_i, D, TILE)
+
+
+def launch_hopper_output(
+    sizes: Sizes, x: Tensors, states: Tensor, sums: Tensor, o: Tensor, config: Config
+) -> Launch:
+    args = {"o": o, "states": states, "sums": sums, **chunk_args(sizes, x)}
+    return Launch(hopper_output_kernel, (sizes.N, sizes.B * sizes.G), args, config.options)
+
+
+def launch_hopper_dq(sizes: Sizes, x: Tensors, states: Tensor, do: Tensor, dq: Tensor, config: Config) -> Launch:
+    args = {"do": do, "dq": dq, "states": states, **rows_of(do, "do_sb do_st do_sh"), **chunk_args(sizes, x)}
+    return Launch(hopper_dq_kernel, (sizes.N, sizes.B * sizes.G), args, config.options)
+
+
+def rows_of(x: Tensor, names: str) -> dict[str, int]:
+    """Strides of all dimensions but the last, which is contiguous."""
+    return dict(zip(names.split(), x.stride(), strict=False))
+
+
+def chunk_args(sizes: Sizes, x: Tensors) -> dict:
+    """Arguments that the stages over chunks share."""
+    return {
+        "q": x.q,
+        "k": x.k,
+        "v": x.v,
+        "query_doc": x.query_doc,
+        "key_doc": x.key_doc,
+        "carried_doc": x.carried_doc,
+        **rows_of(x.q, "q_sb q_st q_sh"),
+        **rows_of(x.k, "k_sb k_st k_sg"),
+        **rows_of(x.v, "v_sb v_st v_sg"),
+        **strides(x.query_doc, "qdoc_sb qdoc_st"),
+        **strides(x.key_doc, "doc_sb doc_st"),
+        "T": sizes.T,
+        "lag": sizes.lag,
+        "N": sizes.N,
+        "G": sizes.G,
+        "R": sizes.R,
+        "D": sizes.D,
+        "F": sizes.F,
+        "MAP": sizes.feature_map,
+        "C": sizes.chunk,
+        "HAS_DOCS": x.key_doc is not None,
+    }

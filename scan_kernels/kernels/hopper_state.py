@@ -1,0 +1,263 @@
+"""Stage 1 on Hopper: `chunk_state.py`, one half of the features a program, wgmma from shared memory.
+
+Neither decay nor a start state: those take the stages of `chunk_state.py`. The rows and columns of a state are stored in
+the order of `column_of`, so that the readers may copy them into shared memory as they are: `reorder_state` undoes it.
+
+A forward runs this twice: for the totals of the segments, which the scan turns into the states at their borders, and
+from those for the state in front of every chunk. A backward runs it once, for both: queries and their gradients are
+four times as many bytes as keys and values, and its one reader adds what came before the segment.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
+
+from scan_kernels.kernels.hopper_common import (
+    _SOFTMAX,
+    column_of,
+    copy_rows,
+    feature_map,
+    key_document,
+    product_layout,
+    rename,
+    shared_layout,
+    store_tile,
+    tile_layout,
+    to_memory,
+)
+from scan_kernels.kernels.launch import Config, Launch, Sizes, Tensors, strides
+
+
+@gluon.constexpr_function
+def _read_layout(C, D, WARPS):
+    """Of a chunk read from shared memory: 16 bytes a thread, 128 bytes of a row by 8 threads."""
+    registers = [[0, 1], [0, 2], [0, 4]] + [[0, 64 << i] for i in range(D.bit_length() - 7)]
+    lanes = [[0, 8], [0, 16], [0, 32], [1, 0], [2, 0]]
+    warps = [[4 << i, 0] for i in range(WARPS.bit_length() - 1)]
+    rows = 4 * WARPS
+    while rows < C:
+        registers.append([rows, 0])
+        rows *= 2
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [C, D])
+
+
+@gluon.constexpr_function
+def _column_layout(C, D, WARPS):
+    """Of a tile whose columns are summed: a thread holds two columns of 16 rows."""
+    registers = [[0, 1]] + [[1 << i, 0] for i in range(4)]
+    lanes = [[0, 2 << i] for i in range(5)]
+    warps = [[0, 64 << i] for i in range(D.bit_length() - 7)] + [[16 << i, 0] for i in range(C.bit_length() - 5)]
+    assert 1 << len(warps) == WARPS
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [C, D])
+
+
+@gluon.jit
+def _column_sums(tile, C: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr):
+    """(C / 16, D) fp32 sums over 16 rows each, from a tile in shared memory."""
+    x = tile.load(_column_layout(C, D, WARPS)).to(gl.float32)
+    return gl.sum(gl.reshape(x, [C // 16, 16, D]), 1)
+
+
+@gluon.jit
+def hopper_state_kernel(
+    x, y, query_doc, key_doc, carried_doc, states, value_sums, factors, totals, total_factors, carry, carry_sums,
+    x_sb, x_st, x_sh, y_sb, y_st, y_sh, qdoc_sb, qdoc_st, doc_sb, doc_st,
+    T, lag, N, G, SEGMENT,
+    R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr, BACKWARD: gl.constexpr,
+    HAS_DOCS: gl.constexpr, HAS_CARRY: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """x, y: keys and values (R = 1), or, BACKWARD, the group's queries and their gradients."""
+    READ: gl.constexpr = _read_layout(C, D, WARPS)
+    OUT: gl.constexpr = tile_layout(D, D, WARPS)
+    HALVES: gl.constexpr = F // D
+    SUMS: gl.constexpr = MAP == _SOFTMAX
+    segment, half, bg = gl.program_id(0) // HALVES, gl.program_id(0) % HALVES, gl.program_id(1).to(gl.int64)
+    segments = gl.num_programs(0) // HALVES
+    b, g = bg // G, bg % G
+    SIGN = gl.where(half == 0, 1.0, -1.0)
+    x += b * x_sb + g * R * x_sh
+    y += b * y_sb + g * R * y_sh
+    if HAS_DOCS:
+        if BACKWARD:
+            query_doc += b * qdoc_sb
+        key_doc += b * doc_sb
+        carried = gl.load(carried_doc + b)
+    s_x = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
+    s_y = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
+    s_phi = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+
+    o_f = gl.arange(0, D, gl.SliceLayout(1, OUT))
+    state_rows = half * D + column_of(o_f)
+    every = o_f >= 0
+    state = gl.zeros([D, D], gl.float32, product_layout(D, WARPS))
+    sums = gl.zeros_like(_column_sums(s_phi, C, D, WARPS))
+    first_sum = gl.sum(sums, 0)
+    o_sum = gl.arange(0, D, first_sum.type.layout)
+    first = segment * SEGMENT
+    last = gl.minimum(first + SEGMENT, N) - 1
+    if HAS_CARRY:
+        border = bg * (segments + 1) + segment
+        p_carry = carry + border * F * D + (state_rows * D)[:, None] + gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :]
+        state = gl.convert_layout(rename(gl.load(p_carry), D, D), product_layout(D, WARPS))
+        if SUMS:
+            first_sum = gl.load(carry_sums + border * D + o_sum)
+
+    steps = (last - first + 1) * R
+    o_c = gl.arange(0, C, gl.SliceLayout(1, READ))
+    if BACKWARD:
+        copy_rows(s_x.index(0), x, x_st, last * C, 0, T, C, D, WARPS)
+        copy_rows(s_y.index(0), y, y_st, last * C, 0, T, C, D, WARPS)
+    else:
+        copy_rows(s_x.index(0), x, x_st, first * C - lag, 0, T - lag, C, D, WARPS)
+        copy_rows(s_y.index(0), y, y_st, first * C - lag, 0, T - lag, C, D, WARPS)
+    async_copy.commit_group()
+    share = 1.0
+    # The chunks in order, or backwards and in each the group's heads.
+    for step in range(0, steps):
+        if BACKWARD:
+            n, r = last - step // R, step % R
+        else:
+            n, r = first + step, 0
+        buffer = step % 2
+        async_copy.wait_group(0)
+        if step + 1 < steps:
+            if BACKWARD:
+                n_next, r_next = last - (step + 1) // R, (step + 1) % R
+                copy_rows(s_x.index(1 - buffer), x + r_next * x_sh, x_st, n_next * C, 0, T, C, D, WARPS)
+                copy_rows(s_y.index(1 - buffer), y + r_next * y_sh, y_st, n_next * C, 0, T, C, D, WARPS)
+            else:
+                copy_rows(s_x.index(1 - buffer), x, x_st, (n + 1) * C - lag, 0, T - lag, C, D, WARPS)
+                copy_rows(s_y.index(1 - buffer), y, y_st, (n + 1) * C - lag, 0, T - lag, C, D, WARPS)
+            async_copy.commit_group()
+        if HAS_DOCS:
+            before = key_document(key_doc, doc_st, carried, n * C - 1, lag, T)
+            behind = key_document(key_doc, doc_st, carried, n * C + C - 1, lag, T)
+            if BACKWARD:
+                o_i = n * C + o_c
+                counts = gl.load(query_doc + o_i.to(gl.int64) * qdoc_st, mask=o_i < T, other=0) == before
+            else:
+                counts = key_document(key_doc, doc_st, carried, n * C + o_c, lag, T) == behind
+        phi = feature_map(s_x.index(buffer).load(READ), SIGN, MAP, D)
+        if HAS_DOCS:
+            # Another document's NaN must not pass: its rows leave both factors of the product.
+            phi = gl.where(counts[:, None], phi, 0.0)
+            s_y.index(buffer).store(gl.where(counts[:, None], s_y.index(buffer).load(READ), 0.0))
+        s_phi.store(phi.to(gl.bfloat16))
+        fence_async_shared()
+        if r == 0:
+            if states is not None:
+                out = to_memory(state.to(gl.bfloat16), D, D, OUT)
+                store_tile(states + (bg * N + n) * F * D, D, state_rows, out, every, D, OUT)
+                if half == 0:
+                    if SUMS:
+                        gl.store(value_sums + (bg * N + n) * D + o_sum, first_sum + gl.sum(sums, 0))
+                    if factors is not None:
+                        gl.store(factors + bg * N + n, share)
+            if HAS_DOCS:
+                factor = gl.where(before == behind, 1.0, 0.0)
+                state = gl.where(factor == 0, 0.0, state)
+                sums = gl.where(factor == 0, 0.0, sums)
+                first_sum = gl.where(factor == 0, 0.0, first_sum)
+                share = share * factor
+        if SUMS and half == 0:
+            sums += _column_sums(s_y.index(buffer), C, D, WARPS)
+        state = warpgroup_mma(s_phi.permute([1, 0]), s_y.index(buffer), state)
+    if totals is not None:
+        p_total = totals + (bg * segments + segment) * (F + 1) * D
+        store_tile(p_total, D, state_rows, to_memory(state, D, D, OUT), every, D, OUT)
+        if half == 0:
+            gl.store(p_total + F * D + o_sum, first_sum + gl.sum(sums, 0))
+            if HAS_DOCS:
+                gl.store(total_factors + bg * segments + segment, share)
+
+
+def reorder_state(state: Tensor, D: int) -> Tensor:
+    """(..., F, D) from the order in which the stages here keep a state to the plain one, or back."""
+    columns = torch.tensor([column_of.fn(p) for p in range(D)], device=state.device)
+    return state.unflatten(-2, (-1, D))[..., columns, :][..., columns].flatten(-3, -2)
+
+
+def launch_hopper_totals(sizes: Sizes, x: Tensors, config: Config) -> Launch:
+    """The sums of the segments of keys and values."""
+    args = _keys(sizes, x) | _arguments(sizes, x) | _totals(sizes, x)
+    return Launch(hopper_state_kernel, _grid(sizes), args, _options(sizes, config))
+
+
+def launch_hopper_state_fwd(
+    sizes: Sizes, x: Tensors, carry: Tensor | None, carry_sums: Tensor | None, config: Config
+) -> Launch:
+    """The states in front of every chunk, from those at the borders of the segments (None: all zero)."""
+    args = _keys(sizes, x) | _arguments(sizes, x) | _borders(sizes, x)
+    args |= {"carry": carry, "carry_sums": carry_sums, "HAS_CARRY": carry is not None}
+    return Launch(hopper_state_kernel, _grid(sizes), args, _options(sizes, config))
+
+
+def launch_hopper_state_bwd(sizes: Sizes, x: Tensors, do: Tensor, config: Config) -> Launch:
+    """Both for queries and do, chunks reversed; the states as far as their segment made them."""
+    args = _arguments(sizes, x) | _borders(sizes, x) | _totals(sizes, x)
+    args |= {"x": x.q, "y": do, "query_doc": x.query_doc, "R": sizes.R, "BACKWARD": True}
+    args |= {**_strides(x.q, "x"), **_strides(do, "y"), **strides(x.query_doc, "qdoc_sb qdoc_st")}
+    if x.key_doc is not None:
+        args["factors"] = x.k.new_empty(sizes.B * sizes.G, sizes.N, dtype=torch.float32)
+    return Launch(hopper_state_kernel, _grid(sizes), args, _options(sizes, config))
+
+
+def _strides(x: Tensor, name: str) -> dict[str, int]:
+    return {f"{name}_sb": x.stride(0), f"{name}_st": x.stride(1), f"{name}_sh": x.stride(2)}
+
+
+def _keys(sizes: Sizes, x: Tensors) -> dict:
+    return {"x": x.k, "y": x.v, "query_doc": None, "R": 1, "BACKWARD": False} | _strides(x.k, "x") | _strides(x.v, "y")
+
+
+def _arguments(sizes: Sizes, x: Tensors) -> dict:
+    names = ("states", "value_sums", "factors", "totals", "total_factors", "carry", "carry_sums")
+    return {
+        **dict.fromkeys(names),
+        "key_doc": x.key_doc,
+        "carried_doc": x.carried_doc,
+        **strides(None, "qdoc_sb qdoc_st"),
+        **strides(x.key_doc, "doc_sb doc_st"),
+        "T": sizes.T,
+        "lag": sizes.lag,
+        "N": sizes.N,
+        "G": sizes.G,
+        "SEGMENT": sizes.segment,
+        "D": sizes.D,
+        "F": sizes.F,
+        "MAP": sizes.feature_map,
+        "C": sizes.chunk,
+        "HAS_DOCS": x.key_doc is not None,
+        "HAS_CARRY": False,
+        "WARPS": _warps(sizes),
+    }
+
+
+def _borders(sizes: Sizes, x: Tensors) -> dict:
+    BG, N = sizes.B * sizes.G, sizes.N
+    return {
+        "states": x.k.new_empty(BG, N, sizes.F, sizes.D, dtype=torch.bfloat16),
+        "value_sums": x.k.new_empty(BG, N, sizes.D, dtype=torch.float32),
+    }
+
+
+def _totals(sizes: Sizes, x: Tensors) -> dict:
+    BG, segments = sizes.B * sizes.G, sizes.segments
+    factors = x.k.new_empty(BG, segments, dtype=torch.float32) if x.key_doc is not None else None
+    totals = x.k.new_empty(BG, segments, sizes.F + 1, sizes.D, dtype=torch.float32)
+    return {"totals": totals, "total_factors": factors}
+
+
+def _warps(sizes: Sizes) -> int:
+    return sizes.D // 16  # one wgmma of 64 rows for each warpgroup
+
+
+def _grid(sizes: Sizes) -> tuple[int, ...]:
+    return (sizes.segments * sizes.halves, sizes.B * sizes.G)
+
+
+def _options(sizes: Sizes, config: Config) -> dict[str, int]:
+    return {**config.options, "num_warps": _warps(sizes)}
