@@ -61,7 +61,7 @@ HOPPER = Plan(
     state_bwd=Config(num_warps=8, registers=128),
     output=Config(num_warps=4),
     dq=Config(num_warps=4),
-    dkv=Config(num_warps=4),
+    dkv=Config(num_warps=8),
     hopper=True,
 )
 

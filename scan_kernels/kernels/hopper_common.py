@@ -79,51 +79,64 @@ def copy_layout(COLUMNS, WARPS):
 
 
 @gluon.jit
+def row_pointer(p, first, stride):
+    """Where row `first` begins. Offsets from there on are 32 bits wide: `rows_of_16_bytes` sees to it."""
+    return p + gl.to_tensor(first).to(gl.int64) * stride
+
+
+@gluon.jit
 def copy_rows(
     s_x, p, stride, first, lower, upper, C: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
     """Start the copy of rows first ... first + C of a tensor to shared memory, 0 outside lower <= row < upper."""
     COPY: gl.constexpr = copy_layout(D, WARPS)
-    rows = first + gl.arange(0, C, gl.SliceLayout(1, COPY))
+    o_c = gl.arange(0, C, gl.SliceLayout(1, COPY))
     o_d = gl.arange(0, D, gl.SliceLayout(0, COPY))
-    offsets = (rows.to(gl.int64) * stride)[:, None] + o_d[None, :]
-    mask = (rows >= lower) & (rows < upper)
-    async_copy.async_copy_global_to_shared(s_x, p + offsets, mask=mask[:, None])
+    mask = (first + o_c >= lower) & (first + o_c < upper)
+    source = row_pointer(p, first, stride) + ((o_c * stride)[:, None] + o_d[None, :])
+    async_copy.async_copy_global_to_shared(s_x, source, mask=mask[:, None])
 
 
 @gluon.jit
-def load_tile(p, stride_row, stride_column, rows, mask, D: gl.constexpr, TILE: gl.constexpr):
-    """Rows of a tensor, 0 where the mask (over rows) is off. `rows` lies in SliceLayout(1, TILE)."""
+def load_tile(p, stride, first, lower, upper, C: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr):
+    """Rows first ... first + C of a tensor, 0 outside lower <= row < upper."""
+    o_c = gl.arange(0, C, gl.SliceLayout(1, TILE))
     o_d = gl.arange(0, D, gl.SliceLayout(0, TILE))
-    offsets = (rows * stride_row)[:, None] + (o_d * stride_column)[None, :]
-    return gl.load(p + offsets, mask=mask[:, None], other=0.0)
+    mask = (first + o_c >= lower) & (first + o_c < upper)
+    source = row_pointer(p, first, stride) + ((o_c * stride)[:, None] + o_d[None, :])
+    return gl.load(source, mask=mask[:, None], other=0.0)
 
 
 @gluon.jit
-def store_tile(p, stride_row, rows, x, mask, D: gl.constexpr, TILE: gl.constexpr):
+def store_tile(p, stride, first, x, lower, upper, C: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr):
+    """Write rows first ... first + C, none outside lower <= row < upper."""
+    o_c = gl.arange(0, C, gl.SliceLayout(1, TILE))
     o_d = gl.arange(0, D, gl.SliceLayout(0, TILE))
-    gl.store(p + (rows * stride_row)[:, None] + o_d[None, :], x.to(p.dtype.element_ty), mask=mask[:, None])
+    mask = (first + o_c >= lower) & (first + o_c < upper)
+    target = row_pointer(p, first, stride) + ((o_c * stride)[:, None] + o_d[None, :])
+    gl.store(target, x.to(p.dtype.element_ty), mask=mask[:, None])
 
 
 @gluon.jit
-def raw_feature_map(x, SIGN, MAP: gl.constexpr):
-    """phi(SIGN x) over whole rows, fp32."""
+def _softmax(x, SIGN):
+    """exp(SIGN x) over whole rows with its largest element at 1, and one over its sum."""
     y = x.to(gl.float32) * SIGN
-    if MAP == _SOFTMAX:
-        top = gl.max(y, 1) * _LOG2E
-        e = gl.exp2(y * _LOG2E - top[:, None])
-        y = e * (1.0 / gl.sum(e, 1))[:, None]
-    elif MAP == _RELU:
-        y = gl.where(y != y, y, gl.maximum(y, 0.0))
-    return y
+    top = gl.max(y, 1) * _LOG2E
+    e = gl.exp2(y * _LOG2E - top[:, None])
+    return e, 1.0 / gl.sum(e, 1)
 
 
 @gluon.jit
 def feature_map(x, SIGN, MAP: gl.constexpr, D: gl.constexpr):
-    """phi(SIGN x); softmax features come less their mean 1/D: see docs/kernels.md, Precision."""
-    y = raw_feature_map(x, SIGN, MAP)
+    """phi(SIGN x) of whole rows, fp32; softmax features come less their mean 1/D: see docs/kernels.md, Precision."""
     if MAP == _SOFTMAX:
-        y = y - 1.0 / D
+        e, share = _softmax(x, SIGN)
+        y = e * share[:, None] - 1.0 / D
+    elif MAP == _RELU:
+        y = x.to(gl.float32) * SIGN
+        y = gl.where(y != y, y, gl.maximum(y, 0.0))
+    else:
+        y = x.to(gl.float32) * SIGN
     return y
 
 
@@ -131,8 +144,9 @@ def feature_map(x, SIGN, MAP: gl.constexpr, D: gl.constexpr):
 def feature_map_bwd(x, dphi, SIGN, MAP: gl.constexpr):
     """dx of phi(SIGN x). Any constant added to a row of dphi leaves softmax's dx as it is."""
     if MAP == _SOFTMAX:
-        phi = raw_feature_map(x, SIGN, MAP)
-        dx = phi * (dphi - gl.sum(phi * dphi, 1)[:, None])
+        e, share = _softmax(x, SIGN)
+        mean = gl.sum(e * dphi, 1) * share
+        dx = e * (dphi - mean[:, None]) * share[:, None]
     elif MAP == _RELU:
         dx = gl.where(x.to(gl.float32) * SIGN > 0, dphi, 0.0)
     else:
@@ -171,11 +185,11 @@ def load_half_state(
     s_state, states, carry, factor, half, D: gl.constexpr, WARPS: gl.constexpr,
     HAS_CARRY: gl.constexpr, HAS_FACTOR: gl.constexpr,
 ):  # fmt: skip
-    """D rows of a state, as the product names them, into shared memory, columns in plain order; 32 rows at a time."""
-    TILE: gl.constexpr = tile_layout(32, D, WARPS)
-    o_f = gl.arange(0, 32, gl.SliceLayout(1, TILE))
+    """D rows of a state, as the product names them, into shared memory, columns in plain order; 64 rows at a time."""
+    TILE: gl.constexpr = tile_layout(64, D, WARPS)
+    o_f = gl.arange(0, 64, gl.SliceLayout(1, TILE))
     o_v = gl.arange(0, D, gl.SliceLayout(0, TILE))
-    for i in gl.static_range(D // 32):
-        offsets = (half * D + 32 * i + o_f)[:, None] * D + o_v[None, :]
+    for i in gl.static_range(D // 64):
+        offsets = (half * D + 64 * i + o_f)[:, None] * D + o_v[None, :]
         state = load_border(states + offsets, carry + offsets, factor, HAS_CARRY, HAS_FACTOR)
-        s_state.slice(32 * i, 32, dim=0).store(rename(state, 32, D))
+        s_state.slice(64 * i, 64, dim=0).store(rename(state, 64, D))

@@ -1,7 +1,6 @@
-"""Stage 3 over keys on Hopper: `chunk_dkv.py`, with dv and dk by two programs side by side.
+"""Stage 3 over keys on Hopper: `chunk_dkv.py`; two warpgroups share the columns of every product.
 
-Both read the same queries and gradients, and the second finds them in the L2 cache; one program for both would need 192
-registers a thread for its sums alone.
+dv and dk of a chunk are 192 sums a thread for one warpgroup, and 96 for two.
 """
 
 from torch import Tensor
@@ -19,8 +18,6 @@ from scan_kernels.kernels.hopper_common import (
     load_border,
     load_half_state,
     load_tile,
-    operand_layout,
-    product_layout,
     rename,
     shared_layout,
     store_tile,
@@ -30,7 +27,7 @@ from scan_kernels.kernels.hopper_common import (
 from scan_kernels.kernels.hopper_query import chunk_args, rows_of
 from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors
 
-WARPS = gl.constexpr(4)
+WARPS = gl.constexpr(8)
 
 
 @gluon.jit
@@ -56,17 +53,60 @@ def _masks(
     return pairs, runs_on
 
 
+@gluon.constexpr_function
+def _wide_product_layout(COLUMNS):
+    """Of a result whose columns two warpgroups share."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, COLUMNS // 2, 16])
+
+
+@gluon.constexpr_function
+def _wide_tile_layout(D):
+    """`tile_layout` for such a result of 64 rows."""
+    registers = [[0, 1], [0, 2], [0, 4]] + [[0, 32 << i] for i in range(D.bit_length() - 7)] + [[8, 0]]
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0], [0, D // 2]], [], [64, D])
+
+
 @gluon.jit
-def _map_queries(
-    s_q, s_q1, s_q2, C: gl.constexpr, D: gl.constexpr, MAP: gl.constexpr, PAIRED: gl.constexpr
+def _map_queries(s_q, s_phi, SIGN, C: gl.constexpr, D: gl.constexpr, MAP: gl.constexpr):
+    """phi(SIGN q) from q, both in shared memory."""
+    query = s_q.load(tile_layout(C, D, WARPS))
+    s_phi.store(rename(feature_map(query, SIGN, MAP, D).to(gl.bfloat16), C, D))
+
+
+@gluon.jit
+def _add_head(
+    s_k1, s_k2, s_v, s_q, s_do, s_q1, s_q2, s_p, s_ds, d_value, dphi1, dphi2, pairs, r,
+    HAS_NEXT: gl.constexpr, C: gl.constexpr, D: gl.constexpr, MAP: gl.constexpr, MEAN: gl.constexpr,
+    PAIRED: gl.constexpr,
 ):  # fmt: skip
-    """phi(q) from q, all in shared memory, 32 rows at a time: more would not fit into registers beside the sums."""
-    TILE: gl.constexpr = tile_layout(32, D, WARPS)
-    for i in gl.static_range(C // 32):
-        query = s_q.slice(32 * i, 32, dim=0).load(TILE)
-        s_q1.slice(32 * i, 32, dim=0).store(rename(feature_map(query, 1.0, MAP, D).to(gl.bfloat16), 32, D))
-        if PAIRED:
-            s_q2.slice(32 * i, 32, dim=0).store(rename(feature_map(query, -1.0, MAP, D).to(gl.bfloat16), 32, D))
+    """What the chunk's queries of head r give to its keys; the next head's features while these are multiplied."""
+    SCORES: gl.constexpr = _wide_product_layout(C)
+    now, then = r % 2, (r + 1) % 2
+    fence_async_shared()
+    zeros = gl.zeros([C, C], gl.float32, SCORES)
+    scores = warpgroup_mma(s_k1, s_q1.index(now).permute([1, 0]), zeros, use_acc=False, is_async=True)
+    if PAIRED:
+        scores = warpgroup_mma(s_k2, s_q2.index(now).permute([1, 0]), scores, is_async=True)
+    d_scores = warpgroup_mma(s_v, s_do.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    if HAS_NEXT:
+        _map_queries(s_q.index(then), s_q1.index(then), 1.0, C, D, MAP)
+    scores, d_scores = warpgroup_mma_wait(0, deps=[scores, d_scores])
+    if MAP == _SOFTMAX:
+        scores = scores + MEAN
+    s_p.store(gl.where(pairs, scores, 0.0).to(gl.bfloat16))
+    s_ds.store(gl.where(pairs, d_scores, 0.0).to(gl.bfloat16))
+    fence_async_shared()
+    d_value = warpgroup_mma(s_p, s_do, d_value, is_async=True)
+    dphi1 = warpgroup_mma(s_ds, s_q1.index(now), dphi1, is_async=True)
+    if PAIRED:
+        dphi2 = warpgroup_mma(s_ds, s_q2.index(now), dphi2, is_async=True)
+        if HAS_NEXT:
+            _map_queries(s_q.index(then), s_q2.index(then), -1.0, C, D, MAP)
+        d_value, dphi1, dphi2 = warpgroup_mma_wait(0, deps=[d_value, dphi1, dphi2])
+    else:
+        d_value, dphi1 = warpgroup_mma_wait(0, deps=[d_value, dphi1])
+    return d_value, dphi1, dphi2
 
 
 @gluon.jit
@@ -78,141 +118,119 @@ def hopper_dkv_kernel(
     HAS_DOCS: gl.constexpr, HAS_CARRY: gl.constexpr,
 ):  # fmt: skip
     TILE: gl.constexpr = tile_layout(C, D, WARPS)
-    ACC: gl.constexpr = product_layout(D, WARPS)
-    SCORES: gl.constexpr = product_layout(C, WARPS)
-    LEFT: gl.constexpr = operand_layout(D, WARPS)
+    WIDE: gl.constexpr = _wide_tile_layout(D)
+    ACC: gl.constexpr = _wide_product_layout(D)
+    SCORES: gl.constexpr = _wide_product_layout(C)
     PAIRED: gl.constexpr = F == 2 * D
     MEAN: gl.constexpr = F / D / D
-    bg, n, of_keys = gl.program_id(1).to(gl.int64), gl.program_id(0) // 2, gl.program_id(0) % 2
+    bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0)
     b, g = bg // G, bg % G
-    o_c = gl.arange(0, C, gl.SliceLayout(1, TILE))
-    o_t = n * C + o_c
-    key_row = (o_t - lag).to(gl.int64)
-    m_key = (o_t >= lag) & (o_t < M + lag)
     dk += (b * M * G + g) * D
     dv += (b * M * G + g) * D
-    if not HAS_CARRY:
-        carry, carry_sums = states, sums
     if n >= N:
         # Keys that are younger than any query's residual keys.
-        if of_keys == 1:
-            store_tile(dk, G * D, key_row, gl.zeros([C, D], gl.float32, TILE), m_key, D, TILE)
-        else:
-            store_tile(dv, G * D, key_row, gl.zeros([C, D], gl.float32, TILE), m_key, D, TILE)
+        zero = gl.zeros([C, D], gl.float32, WIDE)
+        store_tile(dk, G * D, n * C - lag, zero, 0, M, C, D, WIDE)
+        store_tile(dv, G * D, n * C - lag, zero, 0, M, C, D, WIDE)
     else:
-        s_q = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+        s_q = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
         s_do = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
+        s_v = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
         q += b * q_sb + g * R * q_sh
         do += b * do_sb + g * R * do_sh
-        copy_rows(s_q, q, q_st, n * C, 0, T, C, D, WARPS)
+        copy_rows(s_v, v + b * v_sb + g * v_sg, v_st, n * C - lag, 0, T - lag, C, D, WARPS)
+        copy_rows(s_q.index(0), q, q_st, n * C, 0, T, C, D, WARPS)
         copy_rows(s_do.index(0), do, do_st, n * C, 0, T, C, D, WARPS)
-        m_j = (o_t < T) & (o_t >= lag)
-        pairs, runs_on = _masks(
-            query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
-        )
+        if R > 1:
+            copy_rows(s_q.index(1), q + q_sh, q_st, n * C, 0, T, C, D, WARPS)
+        async_copy.commit_group()
+
+        # phi(k), and the state behind the chunk: what the queries there give to its keys.
+        k += b * k_sb + g * k_sg
+        key = load_tile(k, k_st, n * C - lag, 0, T - lag, C, D, TILE)
         segment = n // SEGMENT
         segments = (N + SEGMENT - 1) // SEGMENT
         states += (bg * N + n) * F * D
         p_sums = sums + (bg * N + n) * D
-        p_carry_sums = p_sums
-        factor = 1.0
+        p_carry, p_carry_sums, factor = states, p_sums, 1.0
         if HAS_CARRY:
-            carry += (bg * (segments + 1) + segment + 1) * F * D
+            p_carry = carry + (bg * (segments + 1) + segment + 1) * F * D
             p_carry_sums = carry_sums + (bg * (segments + 1) + segment + 1) * D
             if HAS_DOCS:
                 factor = gl.load(factors + bg * N + n)
-        if of_keys == 0:
-            # Values: first what the queries behind the chunk give, through the state; then the chunk's own.
-            async_copy.commit_group()
-            s_e = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
-            key = load_tile(k + b * k_sb + g * k_sg, k_st, 1, key_row, m_j, D, TILE)
-            load_half_state(s_e, states, carry, factor, 0, D, WARPS, HAS_CARRY, HAS_DOCS)
-            fence_async_shared()
-            b_k1 = gl.convert_layout(rename(feature_map(key, 1.0, MAP, D).to(gl.bfloat16), C, D), LEFT)
-            d_value = warpgroup_mma(b_k1, s_e, gl.zeros([C, D], gl.float32, ACC), use_acc=False)
-            if PAIRED:
-                load_half_state(s_e, states, carry, factor, 1, D, WARPS, HAS_CARRY, HAS_DOCS)
-                fence_async_shared()
-                b_k2 = gl.convert_layout(rename(feature_map(key, -1.0, MAP, D).to(gl.bfloat16), C, D), LEFT)
-                d_value = warpgroup_mma(b_k2, s_e, d_value)
-            if HAS_DOCS:
-                d_value = gl.where(runs_on[:, None], d_value, 0.0)
-            s_q1 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
-            s_q2 = s_q1
-            if PAIRED:
-                s_q2 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
-            for r in range(0, R):
-                async_copy.wait_group(0)
-                _map_queries(s_q, s_q1, s_q2, C, D, MAP, PAIRED)
-                fence_async_shared()
-                gl.thread_barrier()
-                if r + 1 < R:
-                    copy_rows(s_q, q + (r + 1) * q_sh, q_st, n * C, 0, T, C, D, WARPS)
-                    copy_rows(s_do.index((r + 1) % 2), do + (r + 1) * do_sh, do_st, n * C, 0, T, C, D, WARPS)
-                    async_copy.commit_group()
-                scores = warpgroup_mma(
-                    b_k1, s_q1.permute([1, 0]), gl.zeros([C, C], gl.float32, SCORES), use_acc=False, is_async=True
-                )
-                if PAIRED:
-                    scores = warpgroup_mma(b_k2, s_q2.permute([1, 0]), scores, is_async=True)
-                scores = warpgroup_mma_wait(0, deps=[scores])
-                if MAP == _SOFTMAX:
-                    scores = scores + MEAN
-                b_scores = gl.convert_layout(gl.where(pairs, scores, 0.0).to(gl.bfloat16), LEFT)
-                d_value = warpgroup_mma(b_scores, s_do.index(r % 2), d_value)
-            if MAP == _SOFTMAX:
-                o_v = gl.arange(0, D, gl.SliceLayout(0, ACC))
-                mean = MEAN * load_border(p_sums + o_v, p_carry_sums + o_v, factor, HAS_CARRY, HAS_DOCS)
-                d_value += gl.where(runs_on[:, None], mean[None, :], 0.0)
-            # Rows behind the last query hold keys that none of them reads.
-            o_row = n * C + gl.arange(0, C, gl.SliceLayout(1, ACC))
-            d_value = gl.where(((o_row < T) & (o_row >= lag))[:, None], d_value, 0.0)
-            m_row = (o_row >= lag) & (o_row < M + lag)
-            store_tile(dv, G * D, (o_row - lag).to(gl.int64), d_value, m_row, D, ACC)
-        else:
-            s_v = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
-            copy_rows(s_v, v + b * v_sb + g * v_sg, v_st, n * C - lag, 0, T - lag, C, D, WARPS)
-            async_copy.commit_group()
-            s_e = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
-            load_half_state(s_e, states, carry, factor, 0, D, WARPS, HAS_CARRY, HAS_DOCS)
+        s_e1 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
+        load_half_state(s_e1, states, p_carry, factor, 0, D, WARPS, HAS_CARRY, HAS_DOCS)
+        s_k1 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+        s_k1.store(rename(feature_map(key, 1.0, MAP, D).to(gl.bfloat16), C, D))
+        s_e2, s_k2 = s_e1, s_k1
+        if PAIRED:
+            s_e2 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
+            load_half_state(s_e2, states, p_carry, factor, 1, D, WARPS, HAS_CARRY, HAS_DOCS)
+            s_k2 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+            s_k2.store(rename(feature_map(key, -1.0, MAP, D).to(gl.bfloat16), C, D))
+        async_copy.wait_group(0)
+        fence_async_shared()
+        zeros = gl.zeros([C, D], gl.float32, ACC)
+        d_value = warpgroup_mma(s_k1, s_e1, zeros, use_acc=False, is_async=True)
+        dphi1 = warpgroup_mma(s_v, s_e1.permute([1, 0]), zeros, use_acc=False, is_async=True)
+        dphi2 = dphi1
+        if PAIRED:
+            d_value = warpgroup_mma(s_k2, s_e2, d_value, is_async=True)
+            dphi2 = warpgroup_mma(s_v, s_e2.permute([1, 0]), zeros, use_acc=False, is_async=True)
+        pairs, runs_on = _masks(
+            query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
+        )
+        d_value, dphi1, dphi2 = warpgroup_mma_wait(0, deps=[d_value, dphi1, dphi2])
+        if HAS_DOCS:
+            d_value = gl.where(runs_on[:, None], d_value, 0.0)
+            dphi1 = gl.where(runs_on[:, None], dphi1, 0.0)
+            dphi2 = gl.where(runs_on[:, None], dphi2, 0.0)
+
+        # The chunk's own queries, one head after the other; the next head's features while this one's are multiplied.
+        s_q1 = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
+        s_q2 = s_q1
+        if PAIRED:
+            s_q2 = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
+        s_p = gl.allocate_shared_memory(gl.bfloat16, [C, C], shared_layout(C))
+        s_ds = gl.allocate_shared_memory(gl.bfloat16, [C, C], shared_layout(C))
+        _map_queries(s_q.index(0), s_q1.index(0), 1.0, C, D, MAP)
+        if PAIRED:
+            _map_queries(s_q.index(0), s_q2.index(0), -1.0, C, D, MAP)
+        for r in range(0, R - 1):
             async_copy.wait_group(0)
-            fence_async_shared()
-            dphi = warpgroup_mma(s_v, s_e.permute([1, 0]), gl.zeros([C, D], gl.float32, ACC), use_acc=False)
-            if HAS_DOCS:
-                dphi = gl.where(runs_on[:, None], dphi, 0.0)
-            if PAIRED:
-                load_half_state(s_e, states, carry, factor, 1, D, WARPS, HAS_CARRY, HAS_DOCS)
-                fence_async_shared()
-                dphi2 = warpgroup_mma(s_v, s_e.permute([1, 0]), gl.zeros([C, D], gl.float32, ACC), use_acc=False)
-                if HAS_DOCS:
-                    dphi2 = gl.where(runs_on[:, None], dphi2, 0.0)
-            s_q1 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
-            s_q2 = s_q1
-            if PAIRED:
-                s_q2 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
-            for r in range(0, R):
-                async_copy.wait_group(0)
-                _map_queries(s_q, s_q1, s_q2, C, D, MAP, PAIRED)
-                fence_async_shared()
-                gl.thread_barrier()
-                if r + 1 < R:
-                    copy_rows(s_q, q + (r + 1) * q_sh, q_st, n * C, 0, T, C, D, WARPS)
-                    copy_rows(s_do.index((r + 1) % 2), do + (r + 1) * do_sh, do_st, n * C, 0, T, C, D, WARPS)
-                    async_copy.commit_group()
-                d_scores = warpgroup_mma(
-                    s_v, s_do.index(r % 2).permute([1, 0]), gl.zeros([C, C], gl.float32, SCORES), use_acc=False
-                )
-                b_ds = gl.convert_layout(gl.where(pairs, d_scores, 0.0).to(gl.bfloat16), LEFT)
-                dphi = warpgroup_mma(b_ds, s_q1, dphi, is_async=True)
-                if PAIRED:
-                    dphi2 = warpgroup_mma(b_ds, s_q2, dphi2, is_async=True)
-                    dphi2 = warpgroup_mma_wait(0, deps=[dphi2])
-                dphi = warpgroup_mma_wait(0, deps=[dphi])
-            key = load_tile(k + b * k_sb + g * k_sg, k_st, 1, key_row, m_j, D, TILE)
-            d_key = feature_map_bwd(key, to_memory(dphi, C, D, TILE), 1.0, MAP)
-            if PAIRED:
-                d_key += feature_map_bwd(key, to_memory(dphi2, C, D, TILE), -1.0, MAP)
-            store_tile(dk, G * D, key_row, gl.where(m_j[:, None], d_key, 0.0), m_key, D, TILE)
+            copy_rows(
+                s_do.index((r + 1) % 2), do + (r + 1) * do_sh, do_st, n * C, 0, T, C, D, WARPS
+            )
+            # The last round copies nothing: its bounds are empty.
+            copy_rows(
+                s_q.index(r % 2), q + (r + 2) * q_sh, q_st, n * C, 0, gl.where(r + 2 < R, T, 0), C, D, WARPS
+            )
+            async_copy.commit_group()
+            d_value, dphi1, dphi2 = _add_head(
+                s_k1, s_k2, s_v, s_q, s_do.index(r % 2), s_q1, s_q2, s_p, s_ds, d_value, dphi1, dphi2, pairs, r,
+                True, C, D, MAP, MEAN, PAIRED,
+            )  # fmt: skip
+        async_copy.wait_group(0)
+        d_value, dphi1, dphi2 = _add_head(
+            s_k1, s_k2, s_v, s_q, s_do.index((R - 1) % 2), s_q1, s_q2, s_p, s_ds, d_value, dphi1, dphi2, pairs, R - 1,
+            False, C, D, MAP, MEAN, PAIRED,
+        )  # fmt: skip
+
+        # Rows behind the last query hold keys that none of them reads.
+        if MAP == _SOFTMAX:
+            o_v = gl.arange(0, D, gl.SliceLayout(0, ACC))
+            mean = MEAN * load_border(p_sums + o_v, p_carry_sums + o_v, factor, HAS_CARRY, HAS_DOCS)
+            d_value += gl.where(runs_on[:, None], mean[None, :], 0.0)
+        a_t = n * C + gl.arange(0, C, gl.SliceLayout(1, ACC))
+        d_value = gl.where(((a_t < T) & (a_t >= lag))[:, None], d_value, 0.0)
+        store_tile(dv, G * D, n * C - lag, d_value, 0, M, C, D, ACC)
+        key = load_tile(k, k_st, n * C - lag, 0, T - lag, C, D, WIDE)
+        d_key = feature_map_bwd(key, to_memory(dphi1, C, D, WIDE), 1.0, MAP)
+        if PAIRED:
+            d_key += feature_map_bwd(key, to_memory(dphi2, C, D, WIDE), -1.0, MAP)
+        w_t = n * C + gl.arange(0, C, gl.SliceLayout(1, WIDE))
+        d_key = gl.where(((w_t < T) & (w_t >= lag))[:, None], d_key, 0.0)
+        store_tile(dk, G * D, n * C - lag, d_key, 0, M, C, D, WIDE)
 
 
 def launch_hopper_dkv(
@@ -235,4 +253,4 @@ def launch_hopper_dkv(
         "HAS_CARRY": states.carry is not None,
     }
     chunks_with_keys = -(-(sizes.M + sizes.lag) // sizes.chunk)
-    return Launch(hopper_dkv_kernel, (2 * chunks_with_keys, sizes.B * sizes.G), args, config.options)
+    return Launch(hopper_dkv_kernel, (chunks_with_keys, sizes.B * sizes.G), args, config.options)

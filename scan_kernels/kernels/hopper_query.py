@@ -64,16 +64,10 @@ def hopper_output_kernel(
 
     # The chunk's keys. A masked score is 0, but 0 * NaN is NaN: keys and values that are not finite leave the products,
     # and set those who may read them to NaN below.
-    o_c = gl.arange(0, C, gl.SliceLayout(1, TILE))
-    o_t = n * C + o_c
-    m_j = (o_t < T) & (o_t >= lag)
-    p_key = (o_t - lag).to(gl.int64)
-    key = load_tile(k + b * k_sb + g * k_sg, k_st, 1, p_key, m_j, D, TILE)
-    value = load_tile(v + b * v_sb + g * v_sg, v_st, 1, p_key, m_j, D, TILE)
-    m_i = o_t < T
-    o_i = o_t.to(gl.int64)
+    key = load_tile(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE)
+    value = load_tile(v + b * v_sb + g * v_sg, v_st, n * C - lag, 0, T - lag, C, D, TILE)
     q += b * q_sb + g * R * q_sh
-    query = load_tile(q, q_st, 1, o_i, m_i, D, TILE)
+    query = load_tile(q, q_st, n * C, 0, T, C, D, TILE)
     if MAP == _SOFTMAX:
         o_m = gl.arange(0, D, gl.BlockedLayout([1], [32], [WARPS], [0]))
         mean = MEAN * gl.load(sums + (bg * N + n) * D + o_m)
@@ -112,7 +106,7 @@ def hopper_output_kernel(
         if PAIRED:
             b_q2 = gl.convert_layout(rename(feature_map(query, -1.0, MAP, D).to(gl.bfloat16), C, D), LEFT)
         out = warpgroup_mma(b_q1, s_s1, gl.zeros([C, D], gl.float32, ACC), use_acc=False, is_async=True)
-        query = load_tile(q + (r + 1) * q_sh, q_st, 1, o_i, m_i & (r + 1 < R), D, TILE)
+        query = load_tile(q + (r + 1) * q_sh, q_st, n * C, 0, gl.where(r + 1 < R, T, 0), C, D, TILE)
         if PAIRED:
             scores = warpgroup_mma(b_q2, s_k2.permute([1, 0]), scores, is_async=True)
             out = warpgroup_mma(b_q2, s_s2, out, is_async=True)
@@ -138,7 +132,7 @@ def hopper_output_kernel(
             reads_bad = gl.max((pairs & (bad_j != 0)[None, :]).to(gl.int32), 1)
             reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
             out = gl.where((reads_bad != 0)[:, None], float("nan"), out)
-        store_tile(o + r * D, G * R * D, o_i, out, m_i, D, TILE)
+        store_tile(o + r * D, G * R * D, n * C, out, 0, T, C, D, TILE)
 
 
 @gluon.jit
@@ -172,16 +166,10 @@ def hopper_dq_kernel(
     async_copy.commit_group()
 
     # The chunk's keys. A masked product may still be 0 * NaN, so keys that are not finite leave them.
-    o_c = gl.arange(0, C, gl.SliceLayout(1, TILE))
-    o_t = n * C + o_c
-    m_j = (o_t < T) & (o_t >= lag)
-    p_key = (o_t - lag).to(gl.int64)
-    key = load_tile(k + b * k_sb + g * k_sg, k_st, 1, p_key, m_j, D, TILE)
-    value = load_tile(v + b * v_sb + g * v_sg, v_st, 1, p_key, m_j, D, TILE)
-    m_i = o_t < T
-    o_i = o_t.to(gl.int64)
+    key = load_tile(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE)
+    value = load_tile(v + b * v_sb + g * v_sg, v_st, n * C - lag, 0, T - lag, C, D, TILE)
     do += b * do_sb + g * R * do_sh
-    d_out = load_tile(do, do_st, 1, o_i, m_i, D, TILE)
+    d_out = load_tile(do, do_st, n * C, 0, T, C, D, TILE)
     bad = is_bad(key)
     s_v.store(rename(value.to(gl.bfloat16), C, D))
     any_bad = gl.max(bad, 0)
@@ -210,7 +198,7 @@ def hopper_dq_kernel(
     fence_async_shared()
     for r in range(0, R):
         b_do = gl.convert_layout(rename(d_out.to(gl.bfloat16), C, D), LEFT)
-        query = load_tile(q + r * q_sh, q_st, 1, o_i, m_i, D, TILE)
+        query = load_tile(q + r * q_sh, q_st, n * C, 0, T, C, D, TILE)
         d_scores = warpgroup_mma(
             b_do, s_v.permute([1, 0]), gl.zeros([C, C], gl.float32, SCORES), use_acc=False, is_async=True
         )
@@ -235,13 +223,13 @@ def hopper_dq_kernel(
             dphi2 = warpgroup_mma(b_ds, s_k2, dphi2, is_async=True)
             dphi2 = warpgroup_mma_wait(0, deps=[dphi2])
             d_query += feature_map_bwd(query, to_memory(dphi2, C, D, TILE), -1.0, MAP)
-        d_out = load_tile(do + (r + 1) * do_sh, do_st, 1, o_i, m_i & (r + 1 < R), D, TILE)
+        d_out = load_tile(do + (r + 1) * do_sh, do_st, n * C, 0, gl.where(r + 1 < R, T, 0), C, D, TILE)
         if any_bad != 0:
             bad_j = gl.convert_layout(bad, gl.SliceLayout(0, SCORES))
             reads_bad = gl.max((pairs & (bad_j != 0)[None, :]).to(gl.int32), 1)
             reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
             d_query = gl.where((reads_bad != 0)[:, None], float("nan"), d_query)
-        store_tile(dq + r * D, G * R * D, o_i, d_query, m_i, D, TILE)
+        store_tile(dq + r * D, G * R * D, n * C, d_query, 0, T, C, D, TILE)
 
 
 def launch_hopper_output(

@@ -24,7 +24,6 @@ from scan_kernels.kernels.hopper_common import (
     product_layout,
     rename,
     shared_layout,
-    store_tile,
     tile_layout,
     to_memory,
 )
@@ -70,7 +69,7 @@ def hopper_state_kernel(
     HAS_DOCS: gl.constexpr, HAS_CARRY: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """x, y: keys and values (R = 1), or, BACKWARD, the group's queries and their gradients."""
-    READ: gl.constexpr = _read_layout(C, D, WARPS)
+    READ: gl.constexpr = _read_layout(C // 2, D, WARPS)
     OUT: gl.constexpr = tile_layout(D, D, WARPS)
     HALVES: gl.constexpr = F // D
     SUMS: gl.constexpr = MAP == _SOFTMAX
@@ -89,9 +88,8 @@ def hopper_state_kernel(
     s_y = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
     s_phi = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
 
-    o_f = gl.arange(0, D, gl.SliceLayout(1, OUT))
-    state_rows = half * D + column_of(o_f)
-    every = o_f >= 0
+    state_rows = half * D + column_of(gl.arange(0, D, gl.SliceLayout(1, OUT)))
+    o_state = (state_rows * D)[:, None] + gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :]
     state = gl.zeros([D, D], gl.float32, product_layout(D, WARPS))
     sums = gl.zeros_like(_column_sums(s_phi, C, D, WARPS))
     first_sum = gl.sum(sums, 0)
@@ -100,13 +98,13 @@ def hopper_state_kernel(
     last = gl.minimum(first + SEGMENT, N) - 1
     if HAS_CARRY:
         border = bg * (segments + 1) + segment
-        p_carry = carry + border * F * D + (state_rows * D)[:, None] + gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :]
-        state = gl.convert_layout(rename(gl.load(p_carry), D, D), product_layout(D, WARPS))
+        state = gl.load(carry + border * F * D + o_state)
+        state = gl.convert_layout(rename(state, D, D), product_layout(D, WARPS))
         if SUMS:
             first_sum = gl.load(carry_sums + border * D + o_sum)
 
     steps = (last - first + 1) * R
-    o_c = gl.arange(0, C, gl.SliceLayout(1, READ))
+    o_c = gl.arange(0, C // 2, gl.SliceLayout(1, READ))
     if BACKWARD:
         copy_rows(s_x.index(0), x, x_st, last * C, 0, T, C, D, WARPS)
         copy_rows(s_y.index(0), y, y_st, last * C, 0, T, C, D, WARPS)
@@ -135,22 +133,25 @@ def hopper_state_kernel(
         if HAS_DOCS:
             before = key_document(key_doc, doc_st, carried, n * C - 1, lag, T)
             behind = key_document(key_doc, doc_st, carried, n * C + C - 1, lag, T)
-            if BACKWARD:
-                o_i = n * C + o_c
-                counts = gl.load(query_doc + o_i.to(gl.int64) * qdoc_st, mask=o_i < T, other=0) == before
-            else:
-                counts = key_document(key_doc, doc_st, carried, n * C + o_c, lag, T) == behind
-        phi = feature_map(s_x.index(buffer).load(READ), SIGN, MAP, D)
-        if HAS_DOCS:
-            # Another document's NaN must not pass: its rows leave both factors of the product.
-            phi = gl.where(counts[:, None], phi, 0.0)
-            s_y.index(buffer).store(gl.where(counts[:, None], s_y.index(buffer).load(READ), 0.0))
-        s_phi.store(phi.to(gl.bfloat16))
+        for i in gl.static_range(2):
+            part = s_x.index(buffer).slice(i * C // 2, C // 2, dim=0)
+            phi = feature_map(part.load(READ), SIGN, MAP, D)
+            if HAS_DOCS:
+                # Another document's NaN must not pass: its rows leave both factors of the product.
+                o_i = n * C + i * C // 2 + o_c
+                if BACKWARD:
+                    counts = gl.load(query_doc + o_i.to(gl.int64) * qdoc_st, mask=o_i < T, other=0) == before
+                else:
+                    counts = key_document(key_doc, doc_st, carried, o_i, lag, T) == behind
+                phi = gl.where(counts[:, None], phi, 0.0)
+                part = s_y.index(buffer).slice(i * C // 2, C // 2, dim=0)
+                part.store(gl.where(counts[:, None], part.load(READ), 0.0))
+            s_phi.slice(i * C // 2, C // 2, dim=0).store(phi.to(gl.bfloat16))
         fence_async_shared()
         if r == 0:
             if states is not None:
                 out = to_memory(state.to(gl.bfloat16), D, D, OUT)
-                store_tile(states + (bg * N + n) * F * D, D, state_rows, out, every, D, OUT)
+                gl.store(states + (bg * N + n) * F * D + o_state, out)
                 if half == 0:
                     if SUMS:
                         gl.store(value_sums + (bg * N + n) * D + o_sum, first_sum + gl.sum(sums, 0))
@@ -167,7 +168,7 @@ def hopper_state_kernel(
         state = warpgroup_mma(s_phi.permute([1, 0]), s_y.index(buffer), state)
     if totals is not None:
         p_total = totals + (bg * segments + segment) * (F + 1) * D
-        store_tile(p_total, D, state_rows, to_memory(state, D, D, OUT), every, D, OUT)
+        gl.store(p_total + o_state, to_memory(state, D, D, OUT))
         if half == 0:
             gl.store(p_total + F * D + o_sum, first_sum + gl.sum(sums, 0))
             if HAS_DOCS:
