@@ -98,9 +98,12 @@ def copy_rows(
 
 
 @gluon.jit
-def load_tile(p, stride, first, lower, upper, C: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr):
-    """Rows first ... first + C of a tensor, 0 outside lower <= row < upper."""
-    o_c = gl.arange(0, C, gl.SliceLayout(1, TILE))
+def load_tile(
+    p, stride, first, lower, upper, C: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr,
+    INDEX: gl.constexpr = gl.int32,
+):  # fmt: skip
+    """Rows first ... first + C of a tensor, 0 outside lower <= row < upper. INDEX: what costs fewer registers."""
+    o_c = gl.arange(0, C, gl.SliceLayout(1, TILE)).to(INDEX)
     o_d = gl.arange(0, D, gl.SliceLayout(0, TILE))
     mask = (first + o_c >= lower) & (first + o_c < upper)
     source = row_pointer(p, first, stride) + ((o_c * stride)[:, None] + o_d[None, :])
@@ -108,9 +111,12 @@ def load_tile(p, stride, first, lower, upper, C: gl.constexpr, D: gl.constexpr, 
 
 
 @gluon.jit
-def store_tile(p, stride, first, x, lower, upper, C: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr):
-    """Write rows first ... first + C, none outside lower <= row < upper."""
-    o_c = gl.arange(0, C, gl.SliceLayout(1, TILE))
+def store_tile(
+    p, stride, first, x, lower, upper, C: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr,
+    INDEX: gl.constexpr = gl.int32,
+):  # fmt: skip
+    """Write rows first ... first + C, none outside lower <= row < upper. INDEX: see `load_tile`."""
+    o_c = gl.arange(0, C, gl.SliceLayout(1, TILE)).to(INDEX)
     o_d = gl.arange(0, D, gl.SliceLayout(0, TILE))
     mask = (first + o_c >= lower) & (first + o_c < upper)
     target = row_pointer(p, first, stride) + ((o_c * stride)[:, None] + o_d[None, :])
@@ -145,8 +151,8 @@ def feature_map_bwd(x, dphi, SIGN, MAP: gl.constexpr):
     """dx of phi(SIGN x). Any constant added to a row of dphi leaves softmax's dx as it is."""
     if MAP == _SOFTMAX:
         e, share = _softmax(x, SIGN)
-        mean = gl.sum(e * dphi, 1) * share
-        dx = e * (dphi - mean[:, None]) * share[:, None]
+        phi = e * share[:, None]
+        dx = phi * (dphi - gl.sum(phi * dphi, 1)[:, None])
     elif MAP == _RELU:
         dx = gl.where(x.to(gl.float32) * SIGN > 0, dphi, 0.0)
     else:
@@ -169,27 +175,11 @@ def key_document(p_document, stride, carried_document, row, lag, T):
 
 
 @gluon.jit
-def load_border(p_state, p_carry, factor, HAS_CARRY: gl.constexpr, HAS_FACTOR: gl.constexpr):
+def add_carry(state, carry, factor, HAS_CARRY: gl.constexpr, HAS_FACTOR: gl.constexpr):
     """What the segment gathered up to the chunk, and the share of what came before the segment."""
-    state = gl.load(p_state)
     if HAS_CARRY:
-        carry = gl.load(p_carry).to(gl.float32)
+        before = carry.to(gl.float32)
         if HAS_FACTOR:
-            carry = gl.where(factor == 0, 0.0, factor * carry)
-        state = (state.to(gl.float32) + carry).to(p_state.dtype.element_ty)
+            before = gl.where(factor == 0, 0.0, factor * before)
+        state = (state.to(gl.float32) + before).to(state.dtype)
     return state
-
-
-@gluon.jit
-def load_half_state(
-    s_state, states, carry, factor, half, D: gl.constexpr, WARPS: gl.constexpr,
-    HAS_CARRY: gl.constexpr, HAS_FACTOR: gl.constexpr,
-):  # fmt: skip
-    """D rows of a state, as the product names them, into shared memory, columns in plain order; 64 rows at a time."""
-    TILE: gl.constexpr = tile_layout(64, D, WARPS)
-    o_f = gl.arange(0, 64, gl.SliceLayout(1, TILE))
-    o_v = gl.arange(0, D, gl.SliceLayout(0, TILE))
-    for i in gl.static_range(D // 64):
-        offsets = (half * D + 64 * i + o_f)[:, None] * D + o_v[None, :]
-        state = load_border(states + offsets, carry + offsets, factor, HAS_CARRY, HAS_FACTOR)
-        s_state.slice(64 * i, 64, dim=0).store(rename(state, 64, D))

@@ -11,12 +11,11 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from scan_kernels.kernels.hopper_common import (
     _SOFTMAX,
+    add_carry,
     copy_rows,
     feature_map,
     feature_map_bwd,
     key_document,
-    load_border,
-    load_half_state,
     load_tile,
     rename,
     shared_layout,
@@ -145,29 +144,39 @@ def hopper_dkv_kernel(
             copy_rows(s_q.index(1), q + q_sh, q_st, n * C, 0, T, C, D, WARPS)
         async_copy.commit_group()
 
-        # phi(k), and the state behind the chunk: what the queries there give to its keys.
+        # phi(k), and the state behind the chunk: what the queries there give to its keys. Loads come first.
         k += b * k_sb + g * k_sg
         key = load_tile(k, k_st, n * C - lag, 0, T - lag, C, D, TILE)
         segment = n // SEGMENT
         segments = (N + SEGMENT - 1) // SEGMENT
-        states += (bg * N + n) * F * D
-        p_sums = sums + (bg * N + n) * D
-        p_carry, p_carry_sums, factor = states, p_sums, 1.0
+        o_m = gl.arange(0, D, gl.BlockedLayout([1], [32], [WARPS], [0]))
+        p_sums = sums + (bg * N + n) * D + o_m
+        STATE: gl.constexpr = tile_layout(D, D, WARPS)
+        o_row, o_column = gl.arange(0, D, gl.SliceLayout(1, STATE)), gl.arange(0, D, gl.SliceLayout(0, STATE))
+        p_state = states + (bg * N + n) * F * D + ((o_row * D)[:, None] + o_column[None, :])
+        p_carry, p_carry_sums, factor = p_state, p_sums, 1.0
         if HAS_CARRY:
-            p_carry = carry + (bg * (segments + 1) + segment + 1) * F * D
-            p_carry_sums = carry_sums + (bg * (segments + 1) + segment + 1) * D
+            border = bg * (segments + 1) + segment + 1
+            p_carry = carry + border * F * D + ((o_row * D)[:, None] + o_column[None, :])
+            p_carry_sums = carry_sums + border * D + o_m
             if HAS_DOCS:
                 factor = gl.load(factors + bg * N + n)
-        s_e1 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
-        load_half_state(s_e1, states, p_carry, factor, 0, D, WARPS, HAS_CARRY, HAS_DOCS)
+        state, before = gl.load(p_state), gl.load(p_carry)
+        if MAP == _SOFTMAX:
+            mean = MEAN * add_carry(gl.load(p_sums), gl.load(p_carry_sums), factor, HAS_CARRY, HAS_DOCS)
+            s_mean = gl.allocate_shared_memory(gl.float32, [D], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+            s_mean.store(mean)
         s_k1 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
         s_k1.store(rename(feature_map(key, 1.0, MAP, D).to(gl.bfloat16), C, D))
+        s_e1 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
+        s_e1.store(rename(add_carry(state, before, factor, HAS_CARRY, HAS_DOCS), D, D))
         s_e2, s_k2 = s_e1, s_k1
         if PAIRED:
-            s_e2 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
-            load_half_state(s_e2, states, p_carry, factor, 1, D, WARPS, HAS_CARRY, HAS_DOCS)
+            state, before = gl.load(p_state + D * D), gl.load(p_carry + D * D)
             s_k2 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
             s_k2.store(rename(feature_map(key, -1.0, MAP, D).to(gl.bfloat16), C, D))
+            s_e2 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
+            s_e2.store(rename(add_carry(state, before, factor, HAS_CARRY, HAS_DOCS), D, D))
         async_copy.wait_group(0)
         fence_async_shared()
         zeros = gl.zeros([C, D], gl.float32, ACC)
@@ -217,14 +226,13 @@ def hopper_dkv_kernel(
         )  # fmt: skip
 
         # Rows behind the last query hold keys that none of them reads.
+        key = load_tile(k, k_st, n * C - lag, 0, T - lag, C, D, WIDE)
         if MAP == _SOFTMAX:
-            o_v = gl.arange(0, D, gl.SliceLayout(0, ACC))
-            mean = MEAN * load_border(p_sums + o_v, p_carry_sums + o_v, factor, HAS_CARRY, HAS_DOCS)
+            mean = s_mean.load(gl.SliceLayout(0, ACC))
             d_value += gl.where(runs_on[:, None], mean[None, :], 0.0)
         a_t = n * C + gl.arange(0, C, gl.SliceLayout(1, ACC))
         d_value = gl.where(((a_t < T) & (a_t >= lag))[:, None], d_value, 0.0)
         store_tile(dv, G * D, n * C - lag, d_value, 0, M, C, D, ACC)
-        key = load_tile(k, k_st, n * C - lag, 0, T - lag, C, D, WIDE)
         d_key = feature_map_bwd(key, to_memory(dphi1, C, D, WIDE), 1.0, MAP)
         if PAIRED:
             d_key += feature_map_bwd(key, to_memory(dphi2, C, D, WIDE), -1.0, MAP)

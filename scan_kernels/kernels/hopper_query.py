@@ -166,10 +166,10 @@ def hopper_dq_kernel(
     async_copy.commit_group()
 
     # The chunk's keys. A masked product may still be 0 * NaN, so keys that are not finite leave them.
-    key = load_tile(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE)
-    value = load_tile(v + b * v_sb + g * v_sg, v_st, n * C - lag, 0, T - lag, C, D, TILE)
+    key = load_tile(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE, gl.int64)
+    value = load_tile(v + b * v_sb + g * v_sg, v_st, n * C - lag, 0, T - lag, C, D, TILE, gl.int64)
     do += b * do_sb + g * R * do_sh
-    d_out = load_tile(do, do_st, n * C, 0, T, C, D, TILE)
+    d_out = load_tile(do, do_st, n * C, 0, T, C, D, TILE, gl.int64)
     bad = is_bad(key)
     s_v.store(rename(value.to(gl.bfloat16), C, D))
     any_bad = gl.max(bad, 0)
@@ -198,7 +198,7 @@ def hopper_dq_kernel(
     fence_async_shared()
     for r in range(0, R):
         b_do = gl.convert_layout(rename(d_out.to(gl.bfloat16), C, D), LEFT)
-        query = load_tile(q + r * q_sh, q_st, n * C, 0, T, C, D, TILE)
+        query = load_tile(q + r * q_sh, q_st, n * C, 0, T, C, D, TILE, gl.int64)
         d_scores = warpgroup_mma(
             b_do, s_v.permute([1, 0]), gl.zeros([C, C], gl.float32, SCORES), use_acc=False, is_async=True
         )
@@ -223,13 +223,14 @@ def hopper_dq_kernel(
             dphi2 = warpgroup_mma(b_ds, s_k2, dphi2, is_async=True)
             dphi2 = warpgroup_mma_wait(0, deps=[dphi2])
             d_query += feature_map_bwd(query, to_memory(dphi2, C, D, TILE), -1.0, MAP)
-        d_out = load_tile(do + (r + 1) * do_sh, do_st, n * C, 0, gl.where(r + 1 < R, T, 0), C, D, TILE)
+        d_out = load_tile(do + (r + 1) * do_sh, do_st, n * C, 0, gl.where(r + 1 < R, T, 0), C, D, TILE, gl.int64)
         if any_bad != 0:
-            bad_j = gl.convert_layout(bad, gl.SliceLayout(0, SCORES))
+            key = load_tile(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE)
+            bad_j = gl.convert_layout(is_bad(key), gl.SliceLayout(0, SCORES))
             reads_bad = gl.max((pairs & (bad_j != 0)[None, :]).to(gl.int32), 1)
             reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
             d_query = gl.where((reads_bad != 0)[:, None], float("nan"), d_query)
-        store_tile(dq + r * D, G * R * D, n * C, d_query, 0, T, C, D, TILE)
+        store_tile(dq + r * D, G * R * D, n * C, d_query, 0, T, C, D, TILE, gl.int64)
 
 
 def launch_hopper_output(
