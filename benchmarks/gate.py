@@ -96,6 +96,6 @@ def verify(contender: Contender, shape: Shape, inputs_of: InputsOf, device: torc
 
 def _runs(op: str, prepared: Prepared, inputs: Sequence[Tensor]) -> bool:
     # What the dispatcher saw, so that it also looks into compiled programs.
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         prepared.forward(*inputs)
     return any(event.key == op for event in profile.key_averages())

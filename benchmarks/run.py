@@ -208,8 +208,8 @@ def _is_our_failure(contender: Contender, error: Exception) -> bool:
 
 
 def _release(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -287,7 +287,7 @@ def time_shape(
     return list(rows.values()), failed
 
 
-def _empty_row(plan: Plan, shape: Shape, contender: Contender, about: dict[str, str]) -> Row:
+def _empty_row(plan: Plan, shape: Shape, contender: Contender, about: dict[str, Any]) -> Row:
     return Row(
         command=plan.command,
         contender=contender.name,
