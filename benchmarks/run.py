@@ -35,6 +35,9 @@ logger = logging.getLogger("benchmarks")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WARM_UPS = 3
+# A second length must not make anything dynamic, and nothing may silently go on in eager mode: FlexAttention would then
+# compute all T x T scores.
+STATIC: dict[str, Any] = {"automatic_dynamic_shapes": False, "recompile_limit": 64, "fail_on_recompile_limit_hit": True}
 FORWARD, BOTH = "forward", "forward+backward"
 
 
@@ -309,34 +312,34 @@ def main(arguments: list[str] | None = None) -> int:
         plan = make_plan(options)
     except BadOptions as error:
         return _refuse(str(error))
-    if not torch.cuda.is_available():
+    device = find_device()
+    if device is None:
         return _refuse(f"needs a CUDA GPU, torch {torch.__version__} sees none on this machine")
     if options.plot is not None and not _can_draw():
         return _refuse("--plot needs matplotlib: pip install matplotlib, or leave it out")
     if options.log:
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         logger.setLevel(logging.INFO)
-    # A second length must not make anything dynamic, and nothing may silently go on in eager mode: FlexAttention
-    # would then compute all T x T scores.
-    torch._dynamo.config.automatic_dynamic_shapes = False
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    device = torch.device("cuda", torch.cuda.current_device())
     about = environment(device)
     fla = f"flash-linear-attention {about['fla']}" if about["fla"] else "no flash-linear-attention"
     print(f"{plan.command}: {about['device']}, torch {about['torch']}, triton {about['triton']}, {fla}", flush=True)
     rows: list[Row] = []
     failed = False
-    # What is done is on paper, should a later length run out of time.
-    for of_length, so_far in benchmark(plan, CudaMeter(), device):
-        print(table(of_length), flush=True)
-        failed = so_far
-        rows += of_length
-        if options.csv is not None:
-            write_csv(rows, options.csv)
+    with torch._dynamo.config.patch(**STATIC):
+        # What is done is on paper, should a later length run out of time.
+        for of_length, so_far in benchmark(plan, CudaMeter(), device):
+            print(table(of_length), flush=True)
+            failed = so_far
+            rows += of_length
+            if options.csv is not None:
+                write_csv(rows, options.csv)
     if options.plot is not None:
         write_plot(rows, options.plot)
     return int(failed)
+
+
+def find_device() -> torch.device | None:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def _refuse(message: str) -> int:

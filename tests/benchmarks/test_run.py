@@ -135,6 +135,27 @@ def test_plans_hold_the_tokens(command):
     assert all(x.dtype == torch.bfloat16 for x in tensors.values())
 
 
+def test_the_command_from_end_to_end(tmp_path, capsys, monkeypatch):
+    """On a CPU in the place of a GPU: what needs one is reported, what does not is timed, and files are written."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(run, "find_device", lambda: CPU)
+    monkeypatch.setattr(run, "CudaMeter", FakeMeter)
+    paths = [tmp_path / "rows.csv", tmp_path / "rows.png"]
+    files = f"--csv {paths[0]} --plot {paths[1]}"
+    sizes = f"--tokens 128 --lengths 64 128 --window {WINDOW} --heads 4 2 --width 16 --repeats 3"
+    assert run.main(f"rla --with-torch-scan {sizes} {files}".split()) == 1
+    with paths[0].open() as file:
+        notes = {(row["contender"], row["T"]): (row["note"], row["fwd_ms"]) for row in csv.DictReader(file)}
+    for T in ("64", "128"):
+        assert notes["fla composition", T] == ("unavailable: flash-linear-attention needs a GPU", "")
+        assert notes["rla triton", T][0].startswith('FAILED: ValueError: impl="triton" needs a CUDA device')
+        assert notes["cuDNN full", T][1] == ""
+        assert notes["rla torch", T][0] == ""
+        assert float(notes["rla torch", T][1]) > 0
+    assert capsys.readouterr().out.startswith("rla: CPU, torch ")
+    assert paths[1].exists()
+
+
 # Order and clock
 
 
