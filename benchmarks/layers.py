@@ -1,0 +1,272 @@
+"""Contenders that are parts of the model: its windows, the core of a local layer, whole blocks.
+
+Shapes: B batch, T tokens, H query heads, G KV heads, D head width (legend: scan_kernels/README.md).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from benchmarks.contenders import (
+    CUDNN_OP,
+    Contender,
+    Prepared,
+    Shape,
+    Unavailable,
+    compiled,
+    full_attention,
+    linear_reference,
+    sdpa,
+    softmax_reference,
+)
+from flexrattn import build_model_config, make_layers, resolve_flavor
+from flexrattn.masked_attention import Mask, MaskedAttention
+from score_mods import build_block_mask, causal, dense_mask, sliding_window
+
+
+def swa(windows: Sequence[int], *, safe_rows: bool) -> list[Contender]:
+    """The softmax branch over windows, as a layer runs it, and with a kernel option that layers do not set."""
+    return [
+        *full_attention(),
+        *(window_contender(f"Flex window {window}", window) for window in windows),
+        # True of every causal window: a query sees itself, so no row of scores is all -inf. BLOCKS_ARE_CONTIGUOUS is
+        # not: the partial blocks of a row are the window's far end and the diagonal.
+        *(
+            window_contender(f"Flex window {window} safe rows", window, ROWS_GUARANTEED_SAFE=True)
+            for window in windows
+            if safe_rows
+        ),
+    ]
+
+
+def window_contender(name: str, window: int, **kernel_options: Any) -> Contender:
+    """`MaskedAttention` under a sliding window."""
+
+    def prepare(shape: Shape, device: torch.device) -> Prepared:
+        inner = MaskedAttention.Config(kernel_options=kernel_options).build()
+        mask_mod = causal() if window >= shape.T else sliding_window(window)
+        build = dense_mask if device.type == "cpu" else build_block_mask
+        mask: Mask = build(mask_mod, q_len=shape.T, kv_len=shape.T, device=device)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+            return inner(q, k, v, attention_masks=mask, enable_gqa=q.shape[2] != k.shape[2])
+
+        run = compiled(attend, device)
+
+        def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return run(q, k, v, mask)
+
+        return Prepared(forward=forward, reference=softmax_reference(window))
+
+    return Contender(name=name, prepare=prepare, ours=True, window=window)
+
+
+def rattention(window: int) -> list[Contender]:
+    """A local layer between its projections, without and with the document ids that training always passes."""
+    return [
+        *full_attention(),
+        core_contender("rattention core", window, documents=False),
+        core_contender("rattention core documents", window, documents=True),
+    ]
+
+
+def core_contender(name: str, window: int, *, documents: bool) -> Contender:
+    """RMSNorm(softmax branch) + RMSNorm(linear branch) from q, k, v, by the layer's own modules, compiled.
+
+    RoPE and the projections are left out: a layer of full attention has them, too. `documents` passes positions, of
+    one document a row: nothing else is computed, but masks and states are looked up by document.
+    """
+
+    def prepare(shape: Shape, device: torch.device) -> Prepared:
+        model, attention = _local_layer(shape, window, device)
+        attention.rope = None
+        positions = torch.arange(shape.T, device=device).expand(shape.B, shape.T) if documents else None
+        if positions is not None:
+            mask = model.get_attention_masks(positions)[attention.mask]
+        else:
+            build = dense_mask if device.type == "cpu" else build_block_mask
+            mask = build(sliding_window(window), q_len=shape.T, kv_len=shape.T, device=device)
+        weights = {"swa_norm": attention.swa_norm.weight, "rla_norm": attention.rla_norm.weight}
+
+        def core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, positions: Tensor | None) -> Tensor:
+            # As the layer's own forward adds them.
+            softmax_BTHD = attention._softmax_branch(q, k, v, mask, positions)
+            return softmax_BTHD + attention._linear_branch(q, k, v, positions)
+
+        run = compiled(core, device)
+
+        def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return run(q, k, v, mask, positions)
+
+        return Prepared(forward=forward, reference=_core_reference(window), parameters=weights)
+
+    return Contender(name=name, prepare=prepare, ours=True, window=window)
+
+
+def _local_layer(shape: Shape, window: int, device: torch.device) -> tuple[Any, Any]:
+    """A model of one local layer with `shape`'s heads, and that layer."""
+    sizes = {"dim": 64, "ffn_dim": 64, "vocab_size": 16, "n_layers": 1, "max_seq_len": shape.T}
+    heads = {"n_heads": shape.H, "n_kv_heads": shape.G, "head_dim": shape.D}
+    layers = make_layers(layer_kind="rattention", window=window, pattern=("local",))
+    with torch.device(device):
+        model = build_model_config(resolve_flavor("debug", sizes | heads), layers).build()
+    attention = model.layers["0"].attention
+    with torch.no_grad():
+        for norm in (attention.swa_norm, attention.rla_norm):
+            # Away from one, so that a norm without its weights is seen.
+            norm.weight.copy_(1 + 0.2 * torch.randn(norm.weight.shape, device=device))
+    _cast_parameters(model, shape.dtype)
+    return model, attention
+
+
+def _cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    # Not `model.to`: under mixed precision the tables of RoPE stay fp32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _core_reference(window: int) -> Callable[..., Tensor]:
+    softmax, linear = softmax_reference(window), linear_reference(window)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, swa_weight: Tensor, rla_weight: Tensor) -> Tensor:
+        return _norm(softmax(q, k, v), swa_weight) + _norm(linear(q, k, v), rla_weight)
+
+    return reference
+
+
+def _norm(x_BTHD: Tensor, weight_HD: Tensor) -> Tensor:
+    # A row of zeros stays zero and passes no gradient on.
+    empty = (x_BTHD == 0).all(dim=-1, keepdim=True)
+    mean_square = x_BTHD.masked_fill(empty, 1.0).square().mean(dim=-1, keepdim=True)
+    return x_BTHD.masked_fill(empty, 0.0) / (mean_square + 1e-8).sqrt() * weight_HD
+
+
+class CausalSdpa(torch.nn.Module):
+    """Full causal attention by one SDPA backend in the place of a layer's `inner_attention`.
+
+    flexrattn's layers compute full attention by FlexAttention and have no other choice, so the benchmark puts this
+    module into blocks that are otherwise untouched. Masks are ignored: SDPA's fused kernels know no documents, and the
+    benchmark's rows hold one.
+    """
+
+    def __init__(self, backend: SDPBackend) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(
+        self,
+        q_BLNH: Tensor,
+        k_BLNH: Tensor,
+        v_BLNH: Tensor,
+        *,
+        attention_masks: Mask | None,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        return sdpa(q_BLNH, k_BLNH, v_BLNH, self.backend, scale)
+
+
+def train_step(flavor: str, window: int) -> list[Contender]:
+    """The same blocks with full attention by cuDNN and by FlexAttention, and with RAttention."""
+    cudnn = CausalSdpa(SDPBackend.CUDNN_ATTENTION)
+    return [
+        stack_contender(f"{flavor} cuDNN full", flavor, inner=cudnn, op=CUDNN_OP),
+        stack_contender(f"{flavor} Flex full", flavor),
+        stack_contender(f"{flavor} rattention", flavor, window=window),
+    ]
+
+
+def stack_contender(
+    name: str,
+    flavor: str,
+    *,
+    window: int | None = None,
+    inner: CausalSdpa | None = None,
+    op: str = "",
+) -> Contender:
+    """`Shape.layers` local blocks of a flavor on x (B, T, dim), each compiled by itself, as torchtitan does.
+
+    Positions and masks are passed as in training, with one document a row. Weights are drawn alike for all arms.
+    window: RAttention blocks; None is full attention, by `inner` if given, else by FlexAttention.
+    """
+
+    def prepare(shape: Shape, device: torch.device) -> Prepared:
+        if inner is None and window is None and device.type == "cpu":
+            raise Unavailable("FlexAttention has no backward on the CPU")
+        model = _stack(flavor, window, shape, device)
+        blocks = [model.layers[str(i)] for i in range(shape.layers)]
+        positions = torch.arange(shape.T, device=device).expand(shape.B, shape.T)
+        masks: dict[str, Mask | None] = {blocks[0].attention.mask: None}
+        if inner is None:
+            masks = model.get_attention_masks(positions)
+        for block in blocks:
+            if inner is not None:
+                block.attention.inner_attention = inner
+            if device.type != "cpu":
+                block.compile(fullgraph=True)
+
+        def forward(x: Tensor) -> Tensor:
+            for block in blocks:
+                x = block(x, masks, positions)
+            return x
+
+        def reference(x: Tensor, *weights: Tensor) -> Tensor:
+            given = iter(weights)
+            for block in blocks:
+                names = [name for name, _ in block.named_parameters()]
+                x = _in_float64(block, window, x, positions, {name: next(given) for name in names})
+            return x
+
+        parameters = {f"{i}.{name}": p for i, block in enumerate(blocks) for name, p in block.named_parameters()}
+        return Prepared(forward=forward, reference=reference, parameters=parameters)
+
+    return Contender(
+        name=name,
+        prepare=prepare,
+        ours=window is not None,
+        baseline=window is None,
+        window=window,
+        op=op,
+        # A block rounds a dozen times in a row: eager bf16 of any attention gives gradients of weights 0.9 % off.
+        slack=2,
+    )
+
+
+def _stack(flavor: str, window: int | None, shape: Shape, device: torch.device) -> Any:
+    kind = "full" if window is None else "rattention"
+    layers = make_layers(layer_kind=kind, window=window, pattern=("local",))
+    # Embedding and head are not run.
+    sizes = {"n_layers": shape.layers, "vocab_size": 16, "max_seq_len": shape.T}
+    config = build_model_config(resolve_flavor(flavor, sizes), layers)
+    torch.manual_seed(0)
+    with torch.device(device), torch.no_grad():
+        model = config.build()
+        model.init_weights()
+    _cast_parameters(model, shape.dtype)
+    return model
+
+
+def _in_float64(
+    block: torch.nn.Module, window: int | None, x: Tensor, positions: Tensor, weights: dict[str, Tensor]
+) -> Tensor:
+    """The block's own formula on dense masks and the chunked scan, nothing of it in less than fp32."""
+    twin: Any = copy.deepcopy(block).double()
+    twin.attention.inner_attention = MaskedAttention.Config().build()
+    if twin.attention.residual is not None:
+        twin.attention.residual.impl = "torch"
+    mask_mod = causal() if window is None else sliding_window(window)
+    mask = dense_mask(mask_mod, q_len=x.shape[1], kv_len=x.shape[1], device=x.device)
+    return torch.func.functional_call(twin, weights, (x, {twin.attention.mask: mask}, positions))
+
+
+def block_inputs(shape: Shape, device: torch.device, seed: int, *, dim: int) -> dict[str, Tensor]:
+    """x (B, T, dim), it wants a gradient, and do."""
+    generator = torch.Generator(device).manual_seed(seed)
+    x, do = (torch.randn(shape.B, shape.T, dim, device=device, generator=generator).to(shape.dtype) for _ in range(2))
+    return {"x": x.requires_grad_(), "do": do}
