@@ -146,14 +146,27 @@ def backward(
 
 
 def prepare(
-    q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag: int, feature_map: str
+    q,
+    k,
+    v,
+    rows,
+    query_doc,
+    key_doc,
+    carried_doc,
+    carried,
+    start,
+    start_log,
+    lag: int,
+    feature_map: str,
+    *,
+    capability: int = 90,
+    plan: Plan | None = None,
 ) -> tuple[Sizes, Tensors, Tensor | None, Plan]:
-    """The arguments of `fused_ops.fused_fwd` as the stages take them."""
-    capability = 90
+    """The arguments of `fused_ops.fused_fwd` as the stages take them. `capability`: of tensors that are on no GPU."""
     if q.is_cuda:
         major, minor = torch.cuda.get_device_capability(q.device)
         capability = 10 * major + minor
-    plan = configs.plan_for(q.dtype, q.shape[3], v.shape[3], capability, start is not None)
+    plan = plan or configs.plan_for(q.dtype, q.shape[3], v.shape[3], capability, start is not None, rows is not None)
     sizes = sizes_of(q, k, v, lag, feature_map, plan)
     cum_hi = cum_lo = start_sum = None
     if rows is not None:

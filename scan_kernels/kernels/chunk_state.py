@@ -141,6 +141,8 @@ def chunk_state_bwd_kernel(
         if r == 0:
             p_state = states + ((bg * N + n) * F + o_f[:, None]) * DV + o_v[None, :]
             tl.store(p_state, state.to(compute))
+            # Triton 3.6 stops at sm_100 on a state that a branch reads and does not write.
+            state += 0.0
             if row0 == 0:
                 if SUMS:
                     tl.store(value_sums + (bg * N + n) * DV + o_v, value_sum)

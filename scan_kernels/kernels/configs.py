@@ -23,37 +23,29 @@ class Plan:
     dkv: Config
 
 
-# Measured on an H200 with D = Dv = 128, softmax, bf16: docs/kernels.md.
+# Chosen ahead of time (python -m scan_kernels.kernels.resources): the fastest looking that neither spill registers nor
+# exceed the shared memory of any architecture. 64 rows, 8 warps and one head a tile: more rows do not fit.
+_WIDE = Config(num_warps=8, num_stages=1)
 HALF = Plan(
     chunk=64,
     segment=16,
-    state_fwd=Config(num_warps=4, num_stages=1),
-    state_bwd=Config(num_warps=4, num_stages=1),
-    output=Config(num_warps=8, num_stages=2, heads=2),
-    dq=Config(num_warps=8, num_stages=2, heads=2),
-    dkv=Config(num_warps=8, num_stages=2, heads=1),
+    state_fwd=_WIDE,
+    state_bwd=_WIDE,
+    output=Config(num_warps=8, num_stages=2),
+    dq=_WIDE,
+    dkv=_WIDE,
 )
-# Not measured: what fits into shared memory.
-SINGLE = Plan(
-    chunk=16,
-    segment=32,
-    state_fwd=Config(num_warps=4, num_stages=1, block_f=64, block_v=64),
-    state_bwd=Config(num_warps=4, num_stages=1, block_f=64, block_v=64),
-    output=Config(num_warps=4, num_stages=1),
-    dq=Config(num_warps=4, num_stages=1),
-    dkv=Config(num_warps=4, num_stages=1),
-)
+# A decay, a start state, or the tensor cores of sm_80 take more registers per row.
+HALF_LEAN = replace(HALF, chunk=32, segment=32, output=_WIDE)
+# Products of fp32 run without tensor cores.
+_STATE = Config(num_warps=4, num_stages=1, block_f=64, block_v=64)
+SINGLE = Plan(chunk=16, segment=32, state_fwd=_STATE, state_bwd=_STATE, output=_WIDE, dq=_WIDE, dkv=_WIDE)
 
 
-# Not measured either: HALF in the 163 KB of shared memory that an A100 has, or beside a start state, which the output
-# stage holds too.
-HALF_LEAN = replace(
-    HALF, output=Config(num_warps=8, num_stages=1, heads=1), dq=Config(num_warps=8, num_stages=1, heads=1)
-)
-
-
-def plan_for(dtype: torch.dtype, D: int, DV: int, capability: int = 90, with_start: bool = False) -> Plan:
+def plan_for(
+    dtype: torch.dtype, D: int, DV: int, capability: int = 90, with_start: bool = False, with_decay: bool = False
+) -> Plan:
     """The plan for a CUDA capability (80, 90, 100), `with_start` where every document begins at a given state."""
     if dtype == torch.float32:
         return SINGLE
-    return HALF_LEAN if capability < 90 or with_start else HALF
+    return HALF_LEAN if capability < 90 or with_start or with_decay else HALF

@@ -1,0 +1,54 @@
+"""The committed launch table, compiled for GPUs that are not there: no spilled registers, no excess of shared memory.
+
+FLEXRATTN_ALL_KERNELS=1 compiles the whole table, which takes minutes, and not only its first rows.
+"""
+
+import itertools
+import os
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+
+from scan_kernels.kernels.configs import HALF, Config
+from scan_kernels.kernels.resources import SHARED, Case, Resources, measure
+
+FIRST = [
+    *(Case(capability, "bf16", 128, variant) for capability in SHARED for variant in ("plain", "documents")),
+    Case(80, "bf16", 128, "start"),
+    Case(90, "bf16", 64, "plain"),
+]
+REST = [
+    case
+    for case in itertools.starmap(
+        Case, itertools.product(SHARED, ("bf16", "fp32"), (64, 128), ("plain", "documents", "decay", "start", "all"))
+    )
+    if case not in FIRST
+]
+
+
+def most_spilled(case: Case) -> int:
+    """Bytes that a thread may store and load beside its registers."""
+    if case.dtype == "fp32":
+        return 100_000  # products without tensor cores, for exactness
+    return {"decay": 128, "all": 1024}.get(case.variant, 16)
+
+
+def test_kernels_fit():
+    everything = os.environ.get("FLEXRATTN_ALL_KERNELS") == "1"
+    unfit = []
+    for case, kernel, found in measure(FIRST + REST if everything else FIRST):
+        fits = isinstance(found, Resources) and found.spilled <= most_spilled(case)
+        # A kernel of next to no registers was optimized away.
+        if not fits or found.shared > SHARED[case.capability] or found.registers < 16:
+            unfit.append(f"sm_{case.capability} {case.dtype} D={case.D} {case.variant}: {kernel} {found}")
+    assert not unfit, "\n".join(unfit)
+
+
+def test_a_plan_that_does_not_fit_is_seen():
+    crowded = replace(HALF, dq=Config(num_warps=8, num_stages=2, heads=2))
+    case = Case(90, "bf16", 128, "plain", plan=crowded)
+    (dq,) = (found for _, _, found in measure([case], kernels=("chunk_dq",)))
+    assert dq.spilled > 16
+    assert dq.shared > SHARED[80]
