@@ -89,7 +89,7 @@ def run_all(shape: Shape, plan: Plan, device: str, run: Callable[[Launch], Any],
     q, k, v, do = given or shape.tensors(device)
     sizes = fused.sizes_of(q, k, v, shape.window + 1, shape.feature_map, plan)
     x = Tensors(q, k, v)
-    o, _ = fused.forward(sizes, x, None, plan, with_final=False, run=run)
+    o, *_ = fused.forward(sizes, x, None, plan, with_final=False, run=run)
     dq, dk, dv, *_ = fused.backward(sizes, x, None, do, None, plan, with_init_grad=False, run=run)
     return {"o": o, "dq": dq, "dk": dk, "dv": dv}
 

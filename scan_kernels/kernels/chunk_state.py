@@ -96,6 +96,8 @@ def chunk_state_fwd_kernel(
             value_sum += tl.sum(value, 0)
         state = tl.dot(tl.trans(phi.to(compute)), value.to(compute), state, input_precision=PRECISION)
 
+    if totals is None:
+        return
     p_total = totals + (bg * segments + segment) * (F + 1) * DV
     tl.store(p_total + o_f[:, None] * DV + o_v[None, :], state)
     if row0 == 0:
@@ -183,19 +185,22 @@ def chunk_state_bwd_kernel(
             tl.store(total_factors + bg * segments + segment, share, mask=v0 == 0)
 
 
-def _outputs(sizes: Sizes, like, compute, has_factor: bool):
+def _outputs(sizes: Sizes, like, compute, has_factor: bool, with_totals: bool = True):
     BG, N, segments, F, DV = sizes.B * sizes.G, sizes.N, sizes.segments, sizes.F, sizes.DV
     return {
         "states": like.new_empty(BG, N, F, DV, dtype=compute),
         "value_sums": like.new_empty(BG, N, DV, dtype=torch.float32),
         "factors": like.new_empty(BG, N, dtype=torch.float32) if has_factor else None,
-        "totals": like.new_empty(BG, segments, F + 1, DV, dtype=torch.float32),
-        "total_factors": like.new_empty(BG, segments, dtype=torch.float32) if has_factor else None,
+        "totals": like.new_empty(BG, segments, F + 1, DV, dtype=torch.float32) if with_totals else None,
+        "total_factors": like.new_empty(BG, segments, dtype=torch.float32) if has_factor and with_totals else None,
     }
 
 
-def launch_chunk_state_fwd(sizes: Sizes, x: Tensors, config: Config, compute: torch.dtype) -> Launch:
-    outputs = _outputs(sizes, x.k, compute, x.cum_hi is not None or x.key_doc is not None)
+def launch_chunk_state_fwd(
+    sizes: Sizes, x: Tensors, config: Config, compute: torch.dtype, *, with_totals: bool = True
+) -> Launch:
+    """Without totals where no scan follows."""
+    outputs = _outputs(sizes, x.k, compute, x.cum_hi is not None or x.key_doc is not None, with_totals)
     args = {
         "k": x.k,
         "v": x.v,

@@ -140,8 +140,16 @@ def test_opcheck():
     from scan_kernels.fused_ops import fused_fwd
 
     inputs = make(200)
-    arguments = (inputs["q"], inputs["k"], inputs["v"], *(None,) * 7, 61, "softmax", True)
+    arguments = (inputs["q"], inputs["k"], inputs["v"], *(None,) * 7, 61, "softmax", True, 2)
     torch.library.opcheck(fused_fwd, arguments)
+
+
+@pytest.mark.parametrize("save_every", [1, 2, 8])
+@pytest.mark.parametrize("decay", [False, True], ids=["plain", "decay"])
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
+def test_kept_states(save_every, decay, documents):
+    ids = document_ids([random_lengths(4097, 3, 900)]).cuda() if documents else None
+    check(make(4097, decay=decay), 5e-2 if decay else 1e-2, window=60, document_ids=ids, save_every=save_every)
 
 
 def test_auto_takes_triton():
