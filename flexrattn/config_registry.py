@@ -53,8 +53,8 @@ def rattention(
 ) -> RAttentionTrainer.Config:
     """A local-global language model and its training run.
 
-    flavor, model: a size of flexrattn.flavors, and fields of it to replace. layer_kind ... scan_save_every: what the layers
-    compute (flexrattn.flavors.Layers). data: `python_source` is the Python installation's own source files
+    flavor, model: a size of flexrattn.flavors, and fields of it to replace. layer_kind ... scan_save_every: what the
+    layers compute (flexrattn.flavors.Layers). data: `python_source` is the Python installation's own source files
     (site_packages adds the installed packages'), `local` a .txt, .jsonl or folder at data_path, `huggingface` one of
     torchtitan's data sets by data_name. tokenizer: `bytes`, or `huggingface` for the tokenizer.json in hf_assets_path.
     loss: `chunked` keeps the logits of an eighth of the sequence at a time.
