@@ -134,7 +134,7 @@ def residual_linear_attention(
     Raises:
         ValueError: shapes, dtypes, options or the state do not fit; on CPU also falling ids and positive decay
             (`check_values` looks on any device); `impl="triton"` without a CUDA device, in float64, or with head sizes
-            other than 16, 32, 64 and 128.
+            other than 16, 32, 64, 128 and 256.
 
     States are summed in fp32 (float64 for float64 inputs), also under autocast. Differentiable in q, k, v, decay and
     the initial state.

@@ -6,6 +6,7 @@ made, so that everything in front of them stays with autograd.
 
 import importlib.util
 import os
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from scan_kernels.feature_maps import feature_dim
 from scan_kernels.precision import without_autocast
 from scan_kernels.state import ScanProblem, ScanResult
 
-WIDTHS = (16, 32, 64, 128)
+WIDTHS = (16, 32, 64, 128, 256)
 # Others have less shared memory than the configurations need.
 CAPABILITIES = ((8, 0), (9, 0), (10, 0))
 # Chunks between the states that a forward keeps for its backward, where the caller does not say; 0 keeps none.
@@ -45,8 +46,13 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str:
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return f"takes bfloat16, float16 or float32, got {q.dtype}"
     if q.shape[3] not in WIDTHS or v.shape[3] not in WIDTHS:
-        return f"takes head sizes 16, 32, 64 and 128, got {q.shape[3]} and {v.shape[3]} (values)"
+        return f"takes head sizes 16, 32, 64, 128 and 256, got {q.shape[3]} and {v.shape[3]} (values)"
     return ""
+
+
+def value_columns(dtype: torch.dtype, D: int) -> int:
+    """Value columns that the kernels take at a time: D rows of them lie in shared memory beside the keys."""
+    return min(128, (4096 if dtype == torch.float32 else 16384) // D)
 
 
 def fused_scan(problem: ScanProblem, *, with_final: bool, save_every: int | None = None) -> ScanResult:
@@ -57,7 +63,27 @@ def fused_scan(problem: ScanProblem, *, with_final: bool, save_every: int | None
         return _fused_scan(problem, with_final, save_every)
 
 
+def _columns(problem: ScanProblem, begin: int, end: int) -> ScanProblem:
+    carried, start = problem.carried_BGFD, problem.start_BXFD
+    return replace(
+        problem,
+        v_BMGD=problem.v_BMGD[..., begin:end],
+        carried_BGFD=None if carried is None else carried[..., begin:end],
+        start_BXFD=None if start is None else start[..., begin:end],
+    )
+
+
 def _fused_scan(problem: ScanProblem, with_final: bool, save_every: int) -> ScanResult:
+    Dv, columns = problem.v_BMGD.shape[3], value_columns(problem.q_BTHD.dtype, problem.q_BTHD.shape[3])
+    if Dv > columns:
+        # The columns of the values do not meet, so that each part is a problem of its own.
+        parts = [
+            _fused_scan(_columns(problem, begin, begin + columns), with_final, save_every)
+            for begin in range(0, Dv, columns)
+        ]
+        o_BTHD = torch.cat([part.o_BTHD for part in parts], dim=3)
+        carried_BGFD = torch.cat([part.carried_BGFD for part in parts], dim=-1)
+        return ScanResult(o_BTHD, carried_BGFD, parts[0].start_log_decay_BG)
     T = problem.q_BTHD.shape[1]
     rows_BGT = None
     if problem.decay_BMG is not None:

@@ -37,15 +37,22 @@ HALF = Plan(
 )
 # A decay, a start state, or the tensor cores of sm_80 take more registers per row.
 HALF_LEAN = replace(HALF, chunk=32, segment=32, output=_WIDE)
-# Products of fp32 run without tensor cores.
 _STATE = Config(num_warps=4, num_stages=1, block_f=64, block_v=64)
+# Queries and keys of 256: only dk/dv spills, 1 KB a thread, where chunks of 16 rows would double all states.
+HALF_256 = replace(HALF_LEAN, state_fwd=_STATE, state_bwd=_STATE)
+# Products of fp32 run without tensor cores.
 SINGLE = Plan(chunk=16, segment=32, state_fwd=_STATE, state_bwd=_STATE, output=_WIDE, dq=_WIDE, dkv=_WIDE)
 
 
 def plan_for(
     dtype: torch.dtype, D: int, DV: int, capability: int = 90, with_start: bool = False, with_decay: bool = False
 ) -> Plan:
-    """The plan for a CUDA capability (80, 90, 100), `with_start` where every document begins at a given state."""
+    """The plan for a CUDA capability (80, 90, 100), `with_start` where every document begins at a given state.
+
+    DV is at most `fused_ops.value_columns`.
+    """
     if dtype == torch.float32:
         return SINGLE
+    if D > 128:
+        return HALF_256
     return HALF_LEAN if capability < 90 or with_start or with_decay else HALF

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from scan_kernels import fused
 from scan_kernels.feature_maps import feature_dim
+from scan_kernels.fused_ops import value_columns
 from scan_kernels.kernels.configs import Plan
 from scan_kernels.kernels.launch import Launch
 
@@ -89,14 +90,15 @@ class Case:
         def empty(*shape: int, dtype: torch.dtype = DTYPES[self.dtype]) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        q, k = empty(B, T, H, self.D), empty(B, T, G, self.D)
+        DV = min(self.D, value_columns(DTYPES[self.dtype], self.D))
+        q, k, v, do = empty(B, T, H, self.D), empty(B, T, G, self.D), empty(B, T, G, DV), empty(B, T, H, DV)
         rows = empty(B, G, T, dtype=torch.float64) if "decay" in has else None
         ids = empty(B, T, dtype=torch.int64) if "documents" in has else None
-        start = empty(B, G, F, self.D, dtype=torch.float32) if "start" in has else None
+        start = empty(B, G, F, DV, dtype=torch.float32) if "start" in has else None
         sizes, x, init, plan = fused.prepare(
             q,
             k,
-            k,
+            v,
             rows,
             ids,
             ids,
@@ -116,8 +118,8 @@ class Case:
 
         with_final = "final" in has
         fused.forward(sizes, x, init, plan, with_final=with_final, save_every=2, run=collect)
-        d_final = empty(B * G, F + 1, self.D, dtype=torch.float32) if with_final else None
-        fused.backward(sizes, x, init, q, d_final, plan, with_init_grad=with_final, run=collect)
+        d_final = empty(B * G, F + 1, DV, dtype=torch.float32) if with_final else None
+        fused.backward(sizes, x, init, do, d_final, plan, with_init_grad=with_final, run=collect)
         return list(found.values())
 
 

@@ -77,6 +77,23 @@ def test_options(T, decay, start, documents):
     check(inputs_of(T, decay=decay, start=start), window=5, document_ids=ids)
 
 
+@pytest.mark.parametrize(("D", "Dv"), [(32, 16), (64, 32), (16, 256), (256, 32)])
+def test_widths(D, Dv):
+    """Values of (16, 256) and (256, 32) are taken in parts."""
+    everything = Dv < 256
+    inputs = inputs_of(18, B=1, D=D, Dv=Dv, decay=everything, start="kv" if everything else "")
+    check(inputs, window=1, document_ids=document_ids([[7, 11]]) if everything else None, save_every=2)
+
+
+def test_final_state_in_parts():
+    inputs = cast(inputs_of(18, B=1, D=256, Dv=32), torch.float32)
+
+    def state(impl: str) -> Tensor:
+        return residual_linear_attention(**inputs, window=1, return_final_state=True, impl=impl)[1].carried_BGFD
+
+    assert_close(state("triton"), state("torch"), 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype):
     check(inputs_of(70), window=5, dtype=dtype, tolerance=1e-2)
@@ -239,7 +256,10 @@ def test_compile_fullgraph():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"D": 24}, "takes head sizes 16, 32, 64 and 128, got 24"), ({"Dv": 8}, "got 16 and 8 .values.; impl=.torch.")],
+    [
+        ({"D": 24}, "takes head sizes 16, 32, 64, 128 and 256, got 24"),
+        ({"Dv": 8}, "got 16 and 8 .values.; impl=.torch."),
+    ],
 )
 def test_refusals(changes, message):
     inputs = cast(make_inputs(5, **({"D": 16, "Dv": 16} | changes)), torch.float32)
