@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scan_kernels import fused
 from scan_kernels.api import residual_linear_attention
+from scan_kernels.fused_ops import value_columns
 from scan_kernels.kernels.configs import Plan, plan_for
 from scan_kernels.kernels.launch import Config, Launch, Tensors
 
@@ -163,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         H,
         G,
         options.width,
-        options.width,
+        min(options.width, value_columns(DTYPES[options.dtype], options.width)),
         options.window,
         options.feature_map,
         DTYPES[options.dtype],

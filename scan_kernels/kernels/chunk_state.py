@@ -96,14 +96,14 @@ def chunk_state_fwd_kernel(
             value_sum += tl.sum(value, 0)
         state = tl.dot(tl.trans(phi.to(compute)), value.to(compute), state, input_precision=PRECISION)
 
-    if totals is None:
-        return
-    p_total = totals + (bg * segments + segment) * (F + 1) * DV
-    tl.store(p_total + o_f[:, None] * DV + o_v[None, :], state)
-    if row0 == 0:
-        tl.store(p_total + F * DV + o_v, value_sum)
-        if HAS_DECAY or HAS_DOCS:
-            tl.store(total_factors + bg * segments + segment, share, mask=v0 == 0)
+    # Without totals no scan follows.
+    if totals is not None:
+        p_total = totals + (bg * segments + segment) * (F + 1) * DV
+        tl.store(p_total + o_f[:, None] * DV + o_v[None, :], state)
+        if row0 == 0:
+            tl.store(p_total + F * DV + o_v, value_sum)
+            if HAS_DECAY or HAS_DOCS:
+                tl.store(total_factors + bg * segments + segment, share, mask=v0 == 0)
 
 
 @triton.jit

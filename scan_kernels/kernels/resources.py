@@ -111,15 +111,19 @@ class Case:
             capability=self.capability,
             plan=self.plan,
         )
-        found: dict[str, Launch] = {}
+        found: dict[tuple, Launch] = {}
 
         def collect(launch: Launch) -> None:
-            found.setdefault(f"{launch.kernel.fn.__name__} {launch.args.get('REVERSED', '')}", launch)
+            found.setdefault(
+                (_name(launch), launch.args.get("REVERSED"), "totals" in launch.args and launch.args["totals"] is None),
+                launch,
+            )
 
         with_final = "final" in has
-        fused.forward(sizes, x, init, plan, with_final=with_final, save_every=2, run=collect)
+        *_, kept = fused.forward(sizes, x, init, plan, with_final=with_final, save_every=2, run=collect)
         d_final = empty(B * G, F + 1, DV, dtype=torch.float32) if with_final else None
-        fused.backward(sizes, x, init, do, d_final, plan, with_init_grad=with_final, run=collect)
+        for start_from in (None, kept):
+            fused.backward(sizes, x, init, do, d_final, plan, with_init_grad=with_final, kept=start_from, run=collect)
         return list(found.values())
 
 

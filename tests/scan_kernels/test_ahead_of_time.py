@@ -14,10 +14,11 @@ pytest.importorskip("triton")
 from scan_kernels.kernels.configs import HALF, Config
 from scan_kernels.kernels.resources import SHARED, Case, Resources, measure
 
+# Documents take what a plain problem takes, and more; sm_80 has the least shared memory, which a start state fills.
 FIRST = [
-    *(Case(capability, "bf16", 128, variant) for capability in SHARED for variant in ("plain", "documents")),
+    *(Case(capability, "bf16", 128, "documents") for capability in SHARED),
+    *(Case(capability, "bf16", 128, "plain") for capability in (90, 100)),
     Case(80, "bf16", 128, "start"),
-    Case(90, "bf16", 64, "plain"),
 ]
 REST = [
     case
