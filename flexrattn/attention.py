@@ -117,12 +117,14 @@ class ResidualLinearBranch(Module):
         window: int | None
         feature_map: str = "softmax"
         impl: str = "auto"
+        save_every: int | None = None
 
     def __init__(self, config: Config):
         super().__init__()
         self.window = config.window
         self.feature_map = config.feature_map
         self.impl = config.impl
+        self.save_every = config.save_every
 
     def forward(
         self,
@@ -144,6 +146,7 @@ class ResidualLinearBranch(Module):
             document_ids=None if positions is None else document_ids_from_positions(positions),
             initial_state=initial_state,
             impl=self.impl,
+            save_every=self.save_every,
         )
 
 

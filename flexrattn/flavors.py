@@ -111,6 +111,7 @@ class Layers:
     learned_initial_state: bool = False
     learned_qk_scale: bool = False
     scan_impl: str = "auto"
+    scan_save_every: int | None = None
 
 
 def make_layers(
@@ -127,6 +128,7 @@ def make_layers(
     learned_initial_state: bool = False,
     learned_qk_scale: bool = False,
     scan_impl: str = "auto",
+    scan_save_every: int | None = None,
 ) -> Layers:
     """Check a choice of layers and give it its types. ValueError says what was given and what would do."""
     kind = LayerKind(choose(layer_kind, [k.value for k in LayerKind], what="layer_kind"))
@@ -160,6 +162,7 @@ def make_layers(
         learned_initial_state=learned_initial_state,
         learned_qk_scale=learned_qk_scale,
         scan_impl=scan_impl,
+        scan_save_every=scan_save_every,
     )
 
 
@@ -286,7 +289,10 @@ def _attention(size: Flavor, layers: Layers, *, local: bool, mask: str) -> RAtte
         use_rope=has_softmax,
         mask=mask,
         residual=ResidualLinearBranch.Config(
-            window=layers.window, feature_map=layers.feature_map, impl=layers.scan_impl
+            window=layers.window,
+            feature_map=layers.feature_map,
+            impl=layers.scan_impl,
+            save_every=layers.scan_save_every,
         ),
         swa_norm=head_norm if has_softmax and layers.branch_norm else None,
         rla_norm=dataclasses.replace(head_norm) if layers.branch_norm else None,

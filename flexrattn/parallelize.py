@@ -8,6 +8,8 @@ import torch
 from torch.distributed._composable.fsdp import FSDPModule
 from torchtitan.models.qwen3.parallelize import parallelize_qwen3
 
+from flexrattn.activation_checkpoint import with_linear_branch
+
 
 def parallelize(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
     """Apply the parallelism of a torchtitan run to the model; the options are torchtitan's own.
@@ -19,6 +21,7 @@ def parallelize(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
         # A second length (validation, say) would otherwise switch every block to dynamic shapes, which makes
         # FlexAttention 26-38 % slower (KERNELS.md); a second static compilation costs its time once.
         torch._dynamo.config.automatic_dynamic_shapes = False
+    options["ac_config"] = with_linear_branch(options["ac_config"])
     model = parallelize_qwen3(model, **options)
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         # Gloo lacks the scaled sum that FSDP2 uses to reduce; a plain sum, divided after, is the same mean.

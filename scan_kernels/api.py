@@ -2,7 +2,6 @@
 
 import logging
 from enum import StrEnum
-from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -71,6 +70,7 @@ def residual_linear_attention(
     initial_state: Tensor | ResidualState | None = ...,
     return_final_state: Literal[False] = ...,
     impl: Impl | str = ...,
+    save_every: int | None = ...,
 ) -> Tensor: ...
 @overload
 def residual_linear_attention(
@@ -85,6 +85,7 @@ def residual_linear_attention(
     initial_state: Tensor | ResidualState | None = ...,
     return_final_state: Literal[True],
     impl: Impl | str = ...,
+    save_every: int | None = ...,
 ) -> tuple[Tensor, ResidualState]: ...
 def residual_linear_attention(
     q: Tensor,
@@ -98,6 +99,7 @@ def residual_linear_attention(
     initial_state: Tensor | ResidualState | None = None,
     return_final_state: bool = False,
     impl: Impl | str = Impl.AUTO,
+    save_every: int | None = None,
 ) -> Tensor | tuple[Tensor, ResidualState]:
     """The keys that a sliding window leaves out, read through a linear state (arXiv 2506.15545, section 3).
 
@@ -122,6 +124,9 @@ def residual_linear_attention(
             the running document goes on, later ones begin at the Tensor which that sequence began with (or zero).
         return_final_state: also return the `ResidualState` behind the last token.
         impl: "auto", "reference", "torch", "triton".
+        save_every: what "triton" keeps between forward and backward, and nothing else: 0 keeps no states, and the
+            backward computes them again; m >= 1 keeps the state before every m-th chunk (docs/kernels.md), and the
+            backward starts from those. None is the measured choice. The other implementations take it and ignore it.
 
     Returns:
         o (B, T, H, Dv) in the dtype of q; with `return_final_state` the pair (o, state).
@@ -129,7 +134,7 @@ def residual_linear_attention(
     Raises:
         ValueError: shapes, dtypes, options or the state do not fit; on CPU also falling ids and positive decay
             (`check_values` looks on any device); `impl="triton"` without a CUDA device, in float64, or with head sizes
-            other than 16, 32, 64 and 128.
+            other than 16, 32, 64, 128 and 256.
 
     States are summed in fp32 (float64 for float64 inputs), also under autocast. Differentiable in q, k, v, decay and
     the initial state.
@@ -144,6 +149,7 @@ def residual_linear_attention(
         decay=decay,
         document_ids=document_ids,
         initial_state=initial_state,
+        save_every=save_every,
     )
     if impl is Impl.AUTO:
         impl = _choose(q, k, v)
@@ -159,8 +165,10 @@ def residual_linear_attention(
         document_BT=document_ids,
         initial_state=initial_state,
     )
-    solve = partial(fused_scan, with_final=return_final_state) if impl is Impl.TRITON else _SOLVERS[impl]
-    result = solve(problem)
+    if impl is Impl.TRITON:
+        result = fused_scan(problem, with_final=return_final_state, save_every=save_every)
+    else:
+        result = _SOLVERS[impl](problem)
     if not return_final_state:
         return result.o_BTHD
     tokens_before = initial_state.tokens_seen if isinstance(initial_state, ResidualState) else 0

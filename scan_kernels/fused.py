@@ -1,5 +1,6 @@
 """`impl="triton"`: the stages of kernels/ in order, forward and backward. Importing this file needs Triton."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from scan_kernels.feature_maps import apply_feature_map
 from scan_kernels.kernels import common, configs
+from scan_kernels.kernels.border_states import kept_rows, launch_border_states
 from scan_kernels.kernels.chunk_dkv import launch_chunk_dkv
 from scan_kernels.kernels.chunk_dq import launch_chunk_dq
 from scan_kernels.kernels.chunk_output import launch_chunk_output_fwd
@@ -103,17 +105,44 @@ def scan_states(
     return States(made["states"], made["value_sums"], made["factors"], carry, carry_sums), final
 
 
+class Kept(NamedTuple):
+    """What a forward leaves for its backward: the states before every m-th chunk (kernels/border_states.py)."""
+
+    every: int
+    states: Tensor
+    sums: Tensor
+
+
+def kept_states(sizes: Sizes, x: Tensors, kept: Kept, plan: Plan, run=Launch.run) -> tuple[Sizes, States]:
+    """The states of all chunks from the kept ones, without a scan, and the sizes that their readers take."""
+    if kept.every == 1:
+        return sizes, States(kept.states, kept.sums, None, None, None)
+    sizes = replace(sizes, segment=kept.every)
+    first = launch_chunk_state_fwd(sizes, x, plan.state_fwd, compute_dtype(x.q.dtype), with_totals=False)
+    run(first)
+    made = first.args
+    return sizes, States(made["states"], made["value_sums"], made["factors"], kept.states, kept.sums)
+
+
 def forward(
-    sizes: Sizes, x: Tensors, init: Tensor | None, plan: Plan, *, with_final: bool, run=Launch.run
-) -> tuple[Tensor, Tensor | None]:
+    sizes: Sizes, x: Tensors, init: Tensor | None, plan: Plan, *, with_final: bool, save_every: int = 0, run=Launch.run
+) -> tuple[Tensor, Tensor | None, Kept | None]:
     if plan.hopper:
-        return _hopper_forward(sizes, x, init, plan, with_final=with_final, run=run)
+        return _hopper_forward(sizes, x, init, plan, with_final=with_final, save_every=save_every, run=run)
     compute = compute_dtype(x.q.dtype)
     first = launch_chunk_state_fwd(sizes, x, plan.state_fwd, compute)
     states, final = scan_states(sizes, first, init, backward=False, with_final=with_final, run=run)
     o = torch.empty(sizes.B, sizes.T, sizes.H, sizes.DV, dtype=x.q.dtype, device=x.q.device)
     run(launch_chunk_output_fwd(sizes, x, states, o, plan.output, compute))
-    return o, final
+    return o, final, _keep(sizes, states, save_every, run)
+
+
+def _keep(sizes: Sizes, states: States, save_every: int, run) -> Kept | None:
+    if not save_every:
+        return None
+    launch, *tensors = launch_border_states(sizes, states, save_every, sizes.feature_map == common.SOFTMAX.value)
+    run(launch)
+    return Kept(save_every, *tensors)
 
 
 class Gradients(NamedTuple):
@@ -124,7 +153,7 @@ class Gradients(NamedTuple):
     d_start: Tensor | None  # (B, T, H) fp32: do . o, as far as it comes through the start state
     d_given: Tensor | None  # (B, G, N * C) fp32: v . dv by rows
     d_init: Tensor | None  # split
-    final: Tensor | None  # the forward's final state, split
+    final: Tensor | None  # the forward's final state, split; None if it was kept
 
 
 def backward(
@@ -136,15 +165,24 @@ def backward(
     plan: Plan,
     *,
     with_init_grad: bool,
+    kept: Kept | None = None,
     run=Launch.run,
 ) -> Gradients:
     if plan.hopper:
-        return _hopper_backward(sizes, x, init, do, final_init, plan, with_init_grad=with_init_grad, run=run)
+        return _hopper_backward(
+            sizes, x, init, do, final_init, plan, with_init_grad=with_init_grad, kept=kept, run=run
+        )
     compute = compute_dtype(x.q.dtype)
-    first = launch_chunk_state_fwd(sizes, x, plan.state_fwd, compute)
-    # The decays of all rows are felt by the final state, too.
-    with_final = x.cum_hi is not None and final_init is not None
-    states, final = scan_states(sizes, first, init, backward=False, with_final=with_final, run=run)
+    final = None
+    if kept is None:
+        first = launch_chunk_state_fwd(sizes, x, plan.state_fwd, compute)
+        # The decays of all rows are felt by the final state, too.
+        with_final = x.cum_hi is not None and final_init is not None
+        states, final = scan_states(sizes, first, init, backward=False, with_final=with_final, run=run)
+        del first
+        cut = sizes
+    else:
+        cut, states = kept_states(sizes, x, kept, plan, run)
     dq = torch.empty(x.q.shape, dtype=x.q.dtype, device=x.q.device)
     dk = torch.empty(x.k.shape, dtype=x.q.dtype, device=x.q.device)
     dv = torch.empty(x.v.shape, dtype=x.q.dtype, device=x.q.device)
@@ -154,8 +192,8 @@ def backward(
         d_given = torch.empty(sizes.B, sizes.G, sizes.N * sizes.chunk, device=x.q.device)
     if x.start_log is not None:
         d_start = torch.empty(sizes.B, sizes.T, sizes.H, device=x.q.device)
-    run(launch_chunk_dq(sizes, x, states, do, dq, d_read, d_start, plan.dq, compute))
-    del states, first
+    run(launch_chunk_dq(cut, x, states, do, dq, d_read, d_start, plan.dq, compute))
+    del states
     last = launch_chunk_state_bwd(sizes, x, do, plan.state_bwd, compute)
     states, d_init = scan_states(sizes, last, final_init, backward=True, with_final=with_init_grad, run=run)
     run(launch_chunk_dkv(sizes, x, states, do, dk, dv, d_given, plan.dkv, compute))
@@ -193,12 +231,13 @@ def _hopper_states(
 
 
 def _hopper_forward(
-    sizes: Sizes, x: Tensors, init: Tensor | None, plan: Plan, *, with_final: bool, run
-) -> tuple[Tensor, Tensor | None]:
-    states, final = _hopper_states(sizes, x, init, plan, with_final=with_final, run=run)
+    sizes: Sizes, x: Tensors, init: Tensor | None, plan: Plan, *, with_final: bool, save_every: int, run
+) -> tuple[Tensor, Tensor | None, Kept | None]:
+    made, final = _hopper_states(sizes, x, init, plan, with_final=with_final, run=run)
+    states = States(made.args["states"], made.args["value_sums"], None, None, None)
     o = torch.empty(sizes.B, sizes.T, sizes.H, sizes.DV, dtype=x.q.dtype, device=x.q.device)
-    run(launch_hopper_output(sizes, x, states.args["states"], states.args["value_sums"], o, plan.output))
-    return o, final
+    run(launch_hopper_output(sizes, x, states, o, plan.output))
+    return o, final, _keep(sizes, states, save_every, run)
 
 
 def _hopper_backward(
@@ -210,30 +249,67 @@ def _hopper_backward(
     plan: Plan,
     *,
     with_init_grad: bool,
+    kept: Kept | None,
     run,
 ) -> Gradients:
     do = do if do.is_meta else _rows_of_16_bytes(do)
-    states, _ = _hopper_states(sizes, x, init, plan, with_final=False, run=run)
+    if kept is None:
+        made, _ = _hopper_states(sizes, x, init, plan, with_final=False, run=run)
+        chunks = made.args["states"]
+        del made
+    elif kept.every == 1:
+        chunks = kept.states
+    else:
+        cut = replace(sizes, segment=kept.every)
+        first = launch_hopper_state_fwd(cut, x, kept.states, kept.sums, plan.state_fwd)
+        run(first)
+        chunks = first.args["states"]
+        del first
     dq = torch.empty(x.q.shape, dtype=x.q.dtype, device=x.q.device)
     dk = torch.empty(x.k.shape, dtype=x.q.dtype, device=x.q.device)
     dv = torch.empty(x.v.shape, dtype=x.q.dtype, device=x.q.device)
-    run(launch_hopper_dq(sizes, x, states.args["states"], do, dq, plan.dq))
-    del states
+    run(launch_hopper_dq(sizes, x, chunks, do, dq, plan.dq))
+    del chunks
     last = launch_hopper_state_bwd(sizes, x, do, plan.state_bwd)
     behind, d_init = scan_states(sizes, last, final_init, backward=True, with_final=with_init_grad, run=run)
     run(launch_hopper_dkv(sizes, x, behind, do, dk, dv, plan.dkv))
     return Gradients(dq, dk, dv, None, None, None, d_init, None)
 
 
-def prepare(
-    q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag: int, feature_map: str
-) -> tuple[Sizes, Tensors, Tensor | None, Plan]:
-    """The arguments of `fused_ops.fused_fwd` as the stages take them."""
-    capability = 90
-    if q.is_cuda:
+def plan_of(q: Tensor, v: Tensor, rows: Tensor | None, start: Tensor | None, capability: int = 90) -> Plan:
+    """The plan of a problem on the GPU that its tensors are on, or for `capability` if they are meta tensors."""
+    if q.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(q.device)
         capability = 10 * major + minor
-    plan = configs.plan_for(q.dtype, q.shape[3], v.shape[3], capability, start is not None, rows is not None)
+    elif q.device.type == "cpu":
+        capability = 80  # Triton's interpreter runs no Hopper stages
+    return configs.plan_for(q.dtype, q.shape[3], v.shape[3], capability, start is not None, rows is not None)
+
+
+def rows_kept(q: Tensor, v: Tensor, rows: Tensor | None, start: Tensor | None, save_every: int) -> int:
+    """States that a forward keeps for each KV head of each sequence."""
+    return kept_rows(-(-q.shape[1] // plan_of(q, v, rows, start).chunk), save_every)
+
+
+def prepare(
+    q,
+    k,
+    v,
+    rows,
+    query_doc,
+    key_doc,
+    carried_doc,
+    carried,
+    start,
+    start_log,
+    lag: int,
+    feature_map: str,
+    *,
+    capability: int = 90,
+    plan: Plan | None = None,
+) -> tuple[Sizes, Tensors, Tensor | None, Plan]:
+    """The arguments of `fused_ops.fused_fwd` as the stages take them. `capability`: of tensors that are on no GPU."""
+    plan = plan or plan_of(q, v, rows, start, capability)
     sizes = sizes_of(q, k, v, lag, feature_map, plan)
     if plan.hopper and not q.is_meta:
         q, k, v = _rows_of_16_bytes(q), _rows_of_16_bytes(k), _rows_of_16_bytes(v)
@@ -271,29 +347,73 @@ def prepare(
 
 
 def solve(
-    q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map, with_final
-) -> tuple[Tensor, Tensor]:
+    q,
+    k,
+    v,
+    rows,
+    query_doc,
+    key_doc,
+    carried_doc,
+    carried,
+    start,
+    start_log,
+    lag,
+    feature_map,
+    with_final,
+    save_every,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(q):
         sizes, x, init, plan = prepare(
             q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map
         )
-        o, final = forward(sizes, x, init, plan, with_final=with_final)
-        return o, q.new_empty(0, dtype=torch.float32) if final is None else join_final(sizes, final).contiguous()
+        o, final, kept = forward(sizes, x, init, plan, with_final=with_final, save_every=save_every)
+        kept_tensors = (q.new_empty(0, dtype=compute_dtype(q.dtype)), q.new_empty(0, dtype=torch.float32))
+        if kept is not None:
+            kept_tensors = kept.states, kept.sums
+        final = q.new_empty(0, dtype=torch.float32) if final is None else join_final(sizes, final).contiguous()
+        return o, final, *kept_tensors
 
 
 def solve_bwd(
-    do, d_final, q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map
+    do,
+    d_final,
+    q,
+    k,
+    v,
+    rows,
+    query_doc,
+    key_doc,
+    carried_doc,
+    carried,
+    start,
+    start_log,
+    final,
+    kept,
+    kept_sums,
+    lag,
+    feature_map,
+    save_every,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(q), without_autocast(q.device.type):
         sizes, x, init, plan = prepare(
             q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map
         )
-        final_init = split_init(sizes, d_final)
-        grads = backward(sizes, x, init, do, final_init, plan, with_init_grad=carried is not None)
+        grads = backward(
+            sizes,
+            x,
+            init,
+            do,
+            split_init(sizes, d_final),
+            plan,
+            with_init_grad=carried is not None,
+            kept=Kept(save_every, kept, kept_sums) if save_every else None,
+        )
         # Tensors of their own: outputs of an op must not share memory.
         d_rows, d_carried, d_start, d_start_log = (q.new_empty(0) for _ in range(4))
         if rows is not None:
-            d_rows = _rows_grad(sizes, grads, d_final)
+            if final is None and grads.final is not None:
+                final = join_final(sizes, grads.final)
+            d_rows = _rows_grad(sizes, grads, final, d_final)
         if carried is not None:
             assert grads.d_init is not None
             d_carried = join_final(sizes, grads.d_init).to(carried.dtype).contiguous()
@@ -305,7 +425,7 @@ def solve_bwd(
         return grads.dq, grads.dk, grads.dv, d_rows, d_carried, d_start, d_start_log
 
 
-def _rows_grad(sizes: Sizes, grads: Gradients, d_final: Tensor | None) -> Tensor:
+def _rows_grad(sizes: Sizes, grads: Gradients, final: Tensor | None, d_final: Tensor | None) -> Tensor:
     """A decay is felt by all pairs around it: what rows from it on read, less what keys from it on gave to them."""
     assert grads.d_read is not None
     assert grads.d_given is not None
@@ -313,8 +433,8 @@ def _rows_grad(sizes: Sizes, grads: Gradients, d_final: Tensor | None) -> Tensor
     net = read - grads.d_given[..., : sizes.T].double()
     d_rows = net.flip(2).cumsum(2).flip(2)
     if d_final is not None:
-        assert grads.final is not None
-        d_rows += (join_final(sizes, grads.final).double() * d_final.double()).sum((2, 3))[..., None]
+        assert final is not None
+        d_rows += (final.double() * d_final.double()).sum((2, 3))[..., None]
     return d_rows.contiguous()
 
 

@@ -6,6 +6,7 @@ made, so that everything in front of them stays with autograd.
 
 import importlib.util
 import os
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from scan_kernels.feature_maps import feature_dim
 from scan_kernels.precision import without_autocast
 from scan_kernels.state import ScanProblem, ScanResult
 
-WIDTHS = (16, 32, 64, 128)
+WIDTHS = (16, 32, 64, 128, 256)
 # Others have less shared memory than the configurations need.
 CAPABILITIES = ((8, 0), (9, 0), (10, 0))
+# Chunks between the states that a forward keeps for its backward, where the caller does not say; 0 keeps none.
+DEFAULT_SAVE_EVERY = 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -43,17 +46,44 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str:
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return f"takes bfloat16, float16 or float32, got {q.dtype}"
     if q.shape[3] not in WIDTHS or v.shape[3] not in WIDTHS:
-        return f"takes head sizes 16, 32, 64 and 128, got {q.shape[3]} and {v.shape[3]} (values)"
+        return f"takes head sizes 16, 32, 64, 128 and 256, got {q.shape[3]} and {v.shape[3]} (values)"
     return ""
 
 
-def fused_scan(problem: ScanProblem, *, with_final: bool) -> ScanResult:
+def value_columns(dtype: torch.dtype, D: int) -> int:
+    """Value columns that the kernels take at a time: D rows of them lie in shared memory beside the keys."""
+    return min(128, (4096 if dtype == torch.float32 else 16384) // D)
+
+
+def fused_scan(problem: ScanProblem, *, with_final: bool, save_every: int | None = None) -> ScanResult:
     """`problem` by the kernels. Without `with_final` the carried state of the result is empty."""
+    if save_every is None:
+        save_every = DEFAULT_SAVE_EVERY
     with without_autocast(problem.q_BTHD.device.type):
-        return _fused_scan(problem, with_final)
+        return _fused_scan(problem, with_final, save_every)
 
 
-def _fused_scan(problem: ScanProblem, with_final: bool) -> ScanResult:
+def _columns(problem: ScanProblem, begin: int, end: int) -> ScanProblem:
+    carried, start = problem.carried_BGFD, problem.start_BXFD
+    return replace(
+        problem,
+        v_BMGD=problem.v_BMGD[..., begin:end],
+        carried_BGFD=None if carried is None else carried[..., begin:end],
+        start_BXFD=None if start is None else start[..., begin:end],
+    )
+
+
+def _fused_scan(problem: ScanProblem, with_final: bool, save_every: int) -> ScanResult:
+    Dv, columns = problem.v_BMGD.shape[3], value_columns(problem.q_BTHD.dtype, problem.q_BTHD.shape[3])
+    if Dv > columns:
+        # The columns of the values do not meet, so that each part is a problem of its own.
+        parts = [
+            _fused_scan(_columns(problem, begin, begin + columns), with_final, save_every)
+            for begin in range(0, Dv, columns)
+        ]
+        o_BTHD = torch.cat([part.o_BTHD for part in parts], dim=3)
+        carried_BGFD = torch.cat([part.carried_BGFD for part in parts], dim=-1)
+        return ScanResult(o_BTHD, carried_BGFD, parts[0].start_log_decay_BG)
     T = problem.q_BTHD.shape[1]
     rows_BGT = None
     if problem.decay_BMG is not None:
@@ -66,7 +96,7 @@ def _fused_scan(problem: ScanProblem, with_final: bool) -> ScanResult:
         final_log_BG = start_log_BGT[..., T - 1]
         if rows_BGT is None and problem.start_log_decay_BG is None:
             start_log_BGT = None
-    o_BTHD, final_BGFD = fused_fwd(
+    o_BTHD, final_BGFD, _, _ = fused_fwd(
         problem.q_BTHD,
         problem.k_BMGD,
         problem.v_BMGD,
@@ -80,10 +110,16 @@ def _fused_scan(problem: ScanProblem, with_final: bool) -> ScanResult:
         problem.lag,
         problem.feature_map.value,
         with_final,
+        save_every if _needs_gradient(problem, rows_BGT, start_log_BGT) else 0,
     )
     if with_final and documents is not None:
         final_BGFD = torch.where(documents.ends_running_B111, final_BGFD, 0.0)
     return ScanResult(o_BTHD, final_BGFD, final_log_BG)
+
+
+def _needs_gradient(problem: ScanProblem, *others: Tensor | None) -> bool:
+    tensors = (problem.q_BTHD, problem.k_BMGD, problem.v_BMGD, problem.carried_BGFD, problem.start_BXFD, *others)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 @torch.library.custom_op("scan_kernels::fused_fwd", mutates_args=())
@@ -101,25 +137,52 @@ def fused_fwd(
     lag: int,
     feature_map: str,
     with_final: bool,
-) -> tuple[Tensor, Tensor]:
+    save_every: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o (B, T, H, Dv) and, if asked, the state behind the last key (B, G, F, Dv) fp32; else an empty tensor.
 
+    With save_every the states before every so many chunks (kernels/border_states.py) and, in fp32, the sums of their
+    values: outputs, so that activation checkpointing keeps or recomputes them with o. Otherwise empty tensors.
     rows (B, G, T) float64: decays; carried (B, G, F, Dv); start (B, X, F, Dv), its decay start_log (B, G, T) float64.
     """
     from scan_kernels import fused
 
     return fused.solve(
-        q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map, with_final
+        q,
+        k,
+        v,
+        rows,
+        query_doc,
+        key_doc,
+        carried_doc,
+        carried,
+        start,
+        start_log,
+        lag,
+        feature_map,
+        with_final,
+        save_every,
     )
 
 
 @fused_fwd.register_fake
 def _(
-    q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map, with_final
-) -> tuple[Tensor, Tensor]:
+    q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map, with_final, save_every
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     o = q.new_empty(*q.shape[:3], v.shape[3])
-    shape = (q.shape[0], k.shape[2], feature_dim(feature_map, q.shape[3]), v.shape[3]) if with_final else (0,)
-    return o, q.new_empty(shape, dtype=torch.float32)
+    B, G, F, Dv = q.shape[0], k.shape[2], feature_dim(feature_map, q.shape[3]), v.shape[3]
+    final = q.new_empty((B, G, F, Dv) if with_final else (0,), dtype=torch.float32)
+    kept_shape: tuple[int, ...] = (0,)
+    kept_sums_shape: tuple[int, ...] = (0,)
+    compute = torch.float32
+    if q.dtype != torch.float32:
+        compute = torch.bfloat16
+    if save_every:
+        from scan_kernels import fused
+
+        rows_kept = fused.rows_kept(q, v, rows, start, save_every)
+        kept_shape, kept_sums_shape = (B * G, rows_kept, F, Dv), (B * G, rows_kept, Dv)
+    return o, final, q.new_empty(kept_shape, dtype=compute), q.new_empty(kept_sums_shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("scan_kernels::fused_bwd", mutates_args=())
@@ -136,20 +199,61 @@ def fused_bwd(
     carried: Tensor | None,
     start: Tensor | None,
     start_log: Tensor | None,
+    final: Tensor | None,
+    kept: Tensor | None,
+    kept_sums: Tensor | None,
     lag: int,
     feature_map: str,
+    save_every: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, rows, carried, start, start_log; empty tensors for what is None."""
+    """Gradients of q, k, v, rows, carried, start, start_log; empty tensors for what is None.
+
+    final, kept, kept_sums: what `fused_fwd` returned, with save_every; None otherwise.
+    """
     from scan_kernels import fused
 
     return fused.solve_bwd(
-        do, d_final, q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map
+        do,
+        d_final,
+        q,
+        k,
+        v,
+        rows,
+        query_doc,
+        key_doc,
+        carried_doc,
+        carried,
+        start,
+        start_log,
+        final,
+        kept,
+        kept_sums,
+        lag,
+        feature_map,
+        save_every,
     )
 
 
 @fused_bwd.register_fake
 def _(
-    do, d_final, q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map
+    do,
+    d_final,
+    q,
+    k,
+    v,
+    rows,
+    query_doc,
+    key_doc,
+    carried_doc,
+    carried,
+    start,
+    start_log,
+    final,
+    kept,
+    kept_sums,
+    lag,
+    feature_map,
+    save_every,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(x: Tensor | None) -> Tensor:
         return q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -158,16 +262,26 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:10])
-    ctx.lag, ctx.feature_map, ctx.with_final = inputs[10:]
+    ctx.lag, ctx.feature_map, ctx.with_final, ctx.save_every = inputs[10:]
+    _, final, kept, kept_sums = output
+    ctx.mark_non_differentiable(kept, kept_sums)
+    ctx.set_materialize_grads(False)
+    saved = (final if ctx.with_final and inputs[3] is not None else None, kept, kept_sums)
+    ctx.save_for_backward(*inputs[:10], *(saved if ctx.save_every else (None, None, None)))
 
 
-def _backward(ctx, do: Tensor, d_final: Tensor):
-    inputs = ctx.saved_tensors
-    grads = fused_bwd(do, d_final if ctx.with_final else None, *inputs, ctx.lag, ctx.feature_map)
+def _backward(ctx, do: Tensor | None, d_final: Tensor | None, _kept: None, _kept_sums: None):
+    saved = ctx.saved_tensors
+    inputs = saved[:10]
+    if do is None:
+        q, v = inputs[0], inputs[2]
+        do = q.new_zeros(*q.shape[:3], v.shape[3])
+    if not ctx.with_final:
+        d_final = None
+    grads = fused_bwd(do, d_final, *saved, ctx.lag, ctx.feature_map, ctx.save_every)
     dq, dk, dv, d_rows, d_carried, d_start, d_start_log = grads
     found = (dq, dk, dv, d_rows, None, None, None, d_carried, d_start, d_start_log)
-    return (*(None if x is None else grad for x, grad in zip(inputs, found, strict=True)), None, None, None)
+    return (*(None if x is None else grad for x, grad in zip(inputs, found, strict=True)), None, None, None, None)
 
 
 fused_fwd.register_autograd(_backward, setup_context=_setup_context)

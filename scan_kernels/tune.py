@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scan_kernels import fused
 from scan_kernels.api import residual_linear_attention
+from scan_kernels.fused_ops import value_columns
 from scan_kernels.kernels.configs import Plan, plan_for
 from scan_kernels.kernels.launch import Config, Launch, Tensors
 
@@ -89,7 +90,7 @@ def run_all(shape: Shape, plan: Plan, device: str, run: Callable[[Launch], Any],
     q, k, v, do = given or shape.tensors(device)
     sizes = fused.sizes_of(q, k, v, shape.window + 1, shape.feature_map, plan)
     x = Tensors(q, k, v)
-    o, _ = fused.forward(sizes, x, None, plan, with_final=False, run=run)
+    o, *_ = fused.forward(sizes, x, None, plan, with_final=False, run=run)
     dq, dk, dv, *_ = fused.backward(sizes, x, None, do, None, plan, with_init_grad=False, run=run)
     return {"o": o, "dq": dq, "dk": dk, "dv": dv}
 
@@ -163,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         H,
         G,
         options.width,
-        options.width,
+        min(options.width, value_columns(DTYPES[options.dtype], options.width)),
         options.window,
         options.feature_map,
         DTYPES[options.dtype],

@@ -39,7 +39,12 @@ def validate(
     decay: Tensor | None,
     document_ids: Tensor | None,
     initial_state: Tensor | ResidualState | None,
+    save_every: int | None = None,
 ) -> None:
+    if save_every is not None and (isinstance(save_every, bool) or not isinstance(save_every, int) or save_every < 0):
+        raise ValueError(
+            f"save_every must be an int >= 0 (chunks from one kept state to the next) or None, got {save_every!r}"
+        )
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 0):
         raise ValueError(f"window must be an int >= 0 (previous keys of the softmax branch) or None, got {window!r}")
     for name, x in (("q", q), ("k", k), ("v", v)):

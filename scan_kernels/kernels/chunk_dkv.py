@@ -36,13 +36,14 @@ def chunk_dkv_kernel(
     o_c, o_d, o_v = tl.arange(0, C), tl.arange(0, D), tl.arange(0, DV)
     o_j = n * C + o_c
     first_key = (n * C - lag).to(tl.int64)
-    p_dk = dk + ((b * M + first_key) * G + g) * D + (o_c * G * D)[:, None] + o_d[None, :]
-    p_dv = dv + ((b * M + first_key) * G + g) * DV + (o_c * G * DV)[:, None] + o_v[None, :]
+    dk += ((b * M + first_key) * G + g) * D
+    dv += ((b * M + first_key) * G + g) * DV
     m_key = (o_j >= lag) & (o_j < M + lag)
     if n >= N:
         # Keys that are younger than any query's residual keys.
-        tl.store(p_dk, tl.zeros((C, D), dk.dtype.element_ty), mask=m_key[:, None])
-        tl.store(p_dv, tl.zeros((C, DV), dv.dtype.element_ty), mask=m_key[:, None])
+        o_row = o_c[:, None].to(tl.int64) * G
+        tl.store(dk + o_row * D + o_d[None, :], tl.zeros((C, D), dk.dtype.element_ty), mask=m_key[:, None])
+        tl.store(dv + o_row * DV + o_v[None, :], tl.zeros((C, DV), dv.dtype.element_ty), mask=m_key[:, None])
         return
 
     m_j = (o_j < T) & (o_j >= lag)
@@ -50,11 +51,32 @@ def chunk_dkv_kernel(
     v += b * v_sb + g * v_sg + first_key * v_st
     o_k = (o_c * k_st)[:, None] + o_d[None, :] * k_sd
     key = tl.load(k + o_k, mask=m_j[:, None], other=0.0)
-    b_v = tl.load(v + (o_c * v_st)[:, None] + o_v[None, :] * v_sd, mask=m_j[:, None], other=0.0).to(compute)
     b_k1 = feature_map(key, 1.0, MAP, D).to(compute)
     if PAIRED:
         b_k2 = feature_map(key, -1.0, MAP, D).to(compute)
 
+    segment = n // SEGMENT
+    segments = (N + SEGMENT - 1) // SEGMENT
+    o_tile = o_d[:, None] * DV + o_v[None, :]
+    states += (bg * N + n) * F * DV
+    if HAS_CARRY:
+        carry += (bg * (segments + 1) + segment + 1) * F * DV
+    else:
+        carry = states
+    factor = tl.load(factors + bg * N + n) if HAS_FACTOR and HAS_CARRY else 1.0
+
+    # Values. First what the queries behind the chunk give, through the state; then the chunk's own.
+    d_value = tl.dot(
+        b_k1, load_state(states + o_tile, carry + o_tile, factor, HAS_CARRY, HAS_FACTOR), input_precision=PRECISION
+    )
+    if PAIRED:
+        o_tile2 = D * DV + o_tile
+        b_e = load_state(states + o_tile2, carry + o_tile2, factor, HAS_CARRY, HAS_FACTOR)
+        d_value = tl.dot(b_k2, b_e, d_value, input_precision=PRECISION)
+    if MAP == SOFTMAX:
+        p_sums = sums + (bg * N + n) * DV + o_v
+        p_carry_sums = carry_sums + (bg * (segments + 1) + segment + 1) * DV + o_v if HAS_CARRY else p_sums
+        d_value += MEAN * load_state(p_sums, p_carry_sums, factor, HAS_CARRY, HAS_FACTOR)[None, :]
     # The chunk's queries, HEADS at a time: column r is query r % C of head r // C.
     o_r = tl.arange(0, HEADS * C)
     o_i = n * C + o_r % C
@@ -78,28 +100,6 @@ def chunk_dkv_kernel(
     do += b * do_sb + g * R * do_sh + (n * C).to(tl.int64) * do_st
     o_q = (o_r // C * q_sh + o_r % C * q_st)[:, None] + o_d[None, :] * q_sd
     o_do = (o_r // C * do_sh + o_r % C * do_st)[:, None] + o_v[None, :] * do_sd
-    segment = n // SEGMENT
-    segments = (N + SEGMENT - 1) // SEGMENT
-    o_tile = o_d[:, None] * DV + o_v[None, :]
-    states += (bg * N + n) * F * DV
-    if HAS_CARRY:
-        carry += (bg * (segments + 1) + segment + 1) * F * DV
-    else:
-        carry = states
-    factor = tl.load(factors + bg * N + n) if HAS_FACTOR and HAS_CARRY else 1.0
-
-    # Values. First what the queries behind the chunk give, through the state; then the chunk's own.
-    d_value = tl.dot(
-        b_k1, load_state(states + o_tile, carry + o_tile, factor, HAS_CARRY, HAS_FACTOR), input_precision=PRECISION
-    )
-    if PAIRED:
-        o_tile2 = D * DV + o_tile
-        b_e = load_state(states + o_tile2, carry + o_tile2, factor, HAS_CARRY, HAS_FACTOR)
-        d_value = tl.dot(b_k2, b_e, d_value, input_precision=PRECISION)
-    if MAP == SOFTMAX:
-        p_sums = sums + (bg * N + n) * DV + o_v
-        p_carry_sums = carry_sums + (bg * (segments + 1) + segment + 1) * DV + o_v if HAS_CARRY else p_sums
-        d_value += MEAN * load_state(p_sums, p_carry_sums, factor, HAS_CARRY, HAS_FACTOR)[None, :]
     if HAS_DECAY:
         d_value *= rest[:, None]
     if HAS_DOCS:
@@ -120,7 +120,8 @@ def chunk_dkv_kernel(
         d_value = tl.dot(scores.to(compute), b_do, d_value, input_precision=PRECISION)
     # Rows behind the last query hold keys that none of them reads.
     d_value = tl.where(m_j[:, None], d_value, 0.0)
-    tl.store(p_dv, d_value.to(dv.dtype.element_ty), mask=m_key[:, None])
+    tl.store(dv + (o_c * G * DV)[:, None] + o_v[None, :], d_value.to(dv.dtype.element_ty), mask=m_key[:, None])
+    b_v = tl.load(v + (o_c * v_st)[:, None] + o_v[None, :] * v_sd, mask=m_j[:, None], other=0.0).to(compute)
     if HAS_DECAY:
         # v . dv: all that the key gave, by which the decays up to it are felt.
         given = tl.sum(b_v.to(tl.float32) * d_value, 1)
@@ -147,7 +148,7 @@ def chunk_dkv_kernel(
             dphi = tl.dot(d_scores.to(compute), b_q, dphi, input_precision=PRECISION)
         d_key = (d_key.to(tl.float32) + feature_map_bwd(key, dphi, 1.0 - 2.0 * half, MAP, D)).to(compute)
     d_key = tl.where(m_j[:, None], d_key, 0.0)
-    tl.store(p_dk, d_key.to(dk.dtype.element_ty), mask=m_key[:, None])
+    tl.store(dk + (o_c * G * D)[:, None] + o_d[None, :], d_key.to(dk.dtype.element_ty), mask=m_key[:, None])
 
 
 def launch_chunk_dkv(

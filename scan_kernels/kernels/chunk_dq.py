@@ -38,6 +38,19 @@ def chunk_dq_kernel(
     compute = states.dtype.element_ty
     o_c, o_d, o_v = tl.arange(0, C), tl.arange(0, D), tl.arange(0, DV)
 
+    # The state before the chunk.
+    segment = n // SEGMENT
+    segments = (N + SEGMENT - 1) // SEGMENT
+    o_tile = o_d[:, None] * DV + o_v[None, :]
+    p_state = states + (bg * N + n) * F * DV + o_tile
+    p_carry = carry + (bg * (segments + 1) + segment) * F * DV + o_tile if HAS_CARRY else p_state
+    factor = tl.load(factors + bg * N + n) if HAS_FACTOR and HAS_CARRY else 1.0
+    b_s1 = load_state(p_state, p_carry, factor, HAS_CARRY, HAS_FACTOR)
+    if PAIRED:
+        b_s2 = load_state(p_state + D * DV, p_carry + D * DV, factor, HAS_CARRY, HAS_FACTOR)
+    p_sums = sums + (bg * N + n) * DV + o_v
+    p_carry_sums = carry_sums + (bg * (segments + 1) + segment) * DV + o_v if HAS_CARRY else p_sums
+
     # The chunk's keys. A masked product may still be 0 * NaN, so keys that are not finite leave them.
     o_j = n * C + o_c
     m_j = (o_j < T) & (o_j >= lag)
@@ -52,19 +65,6 @@ def chunk_dq_kernel(
     b_k1 = feature_map(key, 1.0, MAP, D).to(compute)
     if PAIRED:
         b_k2 = feature_map(key, -1.0, MAP, D).to(compute)
-
-    # The state before the chunk.
-    segment = n // SEGMENT
-    segments = (N + SEGMENT - 1) // SEGMENT
-    o_tile = o_d[:, None] * DV + o_v[None, :]
-    p_state = states + (bg * N + n) * F * DV + o_tile
-    p_carry = carry + (bg * (segments + 1) + segment) * F * DV + o_tile if HAS_CARRY else p_state
-    factor = tl.load(factors + bg * N + n) if HAS_FACTOR and HAS_CARRY else 1.0
-    b_s1 = load_state(p_state, p_carry, factor, HAS_CARRY, HAS_FACTOR)
-    if PAIRED:
-        b_s2 = load_state(p_state + D * DV, p_carry + D * DV, factor, HAS_CARRY, HAS_FACTOR)
-    p_sums = sums + (bg * N + n) * DV + o_v
-    p_carry_sums = carry_sums + (bg * (segments + 1) + segment) * DV + o_v if HAS_CARRY else p_sums
 
     # The queries, HEADS at a time: row r is query r % C of head r // C.
     o_r = tl.arange(0, HEADS * C)
@@ -84,6 +84,7 @@ def chunk_dq_kernel(
         doc_j = key_document(key_doc + b * doc_sb, doc_st, carried, o_j, lag, T)
         pairs = pairs & (doc_i[:, None] == doc_j[None, :])
         reads = doc_i == key_document(key_doc + b * doc_sb, doc_st, carried, n * C - 1, lag, T)
+    reads_bad = tl.max((pairs & bad[None, :]).to(tl.int32), 1) != 0
     q += b * q_sb + g * R * q_sh + (n * C).to(tl.int64) * q_st
     do += b * do_sb + g * R * do_sh + (n * C).to(tl.int64) * do_st
     o_q = (o_r // C * q_sh + o_r % C * q_st)[:, None] + o_d[None, :] * q_sd
@@ -110,7 +111,7 @@ def chunk_dq_kernel(
             dphi *= upto[:, None]
         if HAS_DOCS:
             dphi = tl.where(reads[:, None], dphi, 0.0)
-        dphi = tl.dot(b_ds, b_k1, dphi, input_precision=PRECISION)
+        dphi = tl.fma(dphi, 1.0, tl.dot(b_ds, b_k1, input_precision=PRECISION))
         if HAS_DECAY:
             read = _row_dot(query, dphi, 1.0, MAP, D)
         if HAS_START:
@@ -125,7 +126,7 @@ def chunk_dq_kernel(
                 dphi2 *= upto[:, None]
             if HAS_DOCS:
                 dphi2 = tl.where(reads[:, None], dphi2, 0.0)
-            dphi2 = tl.dot(b_ds, b_k2, dphi2, input_precision=PRECISION)
+            dphi2 = tl.fma(dphi2, 1.0, tl.dot(b_ds, b_k2, input_precision=PRECISION))
             if HAS_DECAY:
                 read += _row_dot(query, dphi2, -1.0, MAP, D)
             if HAS_START:
@@ -136,7 +137,6 @@ def chunk_dq_kernel(
                 dphi2 += d_begun
             d_query = d_query.to(tl.float32) + feature_map_bwd(query, dphi2, -1.0, MAP, D)
         if any_bad != 0:
-            reads_bad = tl.max((pairs & bad[None, :]).to(tl.int32), 1) != 0
             d_query = tl.where(reads_bad[:, None], float("nan"), d_query)
         tl.store(
             dq + (row + r) * D + (o_row * D)[:, None] + o_d[None, :], d_query.to(dq.dtype.element_ty), mask=m_i[:, None]

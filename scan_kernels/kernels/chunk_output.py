@@ -31,6 +31,19 @@ def chunk_output_fwd_kernel(
     compute = states.dtype.element_ty
     o_c, o_d, o_v = tl.arange(0, C), tl.arange(0, D), tl.arange(0, DV)
 
+    # The state before the chunk.
+    segment = n // SEGMENT
+    segments = (N + SEGMENT - 1) // SEGMENT
+    o_tile = o_d[:, None] * DV + o_v[None, :]
+    p_state = states + (bg * N + n) * F * DV + o_tile
+    p_carry = carry + (bg * (segments + 1) + segment) * F * DV + o_tile if HAS_CARRY else p_state
+    factor = tl.load(factors + bg * N + n) if HAS_FACTOR and HAS_CARRY else 1.0
+    b_s1 = load_state(p_state, p_carry, factor, HAS_CARRY, HAS_FACTOR)
+    if PAIRED:
+        b_s2 = load_state(p_state + D * DV, p_carry + D * DV, factor, HAS_CARRY, HAS_FACTOR)
+    p_sums = sums + (bg * N + n) * DV + o_v
+    p_carry_sums = carry_sums + (bg * (segments + 1) + segment) * DV + o_v if HAS_CARRY else p_sums
+
     # The chunk's keys.
     o_j = n * C + o_c
     m_j = (o_j < T) & (o_j >= lag)
@@ -48,19 +61,6 @@ def chunk_output_fwd_kernel(
     b_k1 = feature_map(key, 1.0, MAP, D).to(compute)
     if PAIRED:
         b_k2 = feature_map(key, -1.0, MAP, D).to(compute)
-
-    # The state before the chunk.
-    segment = n // SEGMENT
-    segments = (N + SEGMENT - 1) // SEGMENT
-    o_tile = o_d[:, None] * DV + o_v[None, :]
-    p_state = states + (bg * N + n) * F * DV + o_tile
-    p_carry = carry + (bg * (segments + 1) + segment) * F * DV + o_tile if HAS_CARRY else p_state
-    factor = tl.load(factors + bg * N + n) if HAS_FACTOR and HAS_CARRY else 1.0
-    b_s1 = load_state(p_state, p_carry, factor, HAS_CARRY, HAS_FACTOR)
-    if PAIRED:
-        b_s2 = load_state(p_state + D * DV, p_carry + D * DV, factor, HAS_CARRY, HAS_FACTOR)
-    p_sums = sums + (bg * N + n) * DV + o_v
-    p_carry_sums = carry_sums + (bg * (segments + 1) + segment) * DV + o_v if HAS_CARRY else p_sums
 
     # The queries, HEADS at a time: row r is query r % C of head r // C.
     o_r = tl.arange(0, HEADS * C)
@@ -80,6 +80,7 @@ def chunk_output_fwd_kernel(
         doc_j = key_document(key_doc + b * doc_sb, doc_st, carried, o_j, lag, T)
         pairs = pairs & (doc_i[:, None] == doc_j[None, :])
         reads = doc_i == key_document(key_doc + b * doc_sb, doc_st, carried, n * C - 1, lag, T)
+    reads_bad = tl.max((pairs & bad[None, :]).to(tl.int32), 1) != 0
     q += b * q_sb + g * R * q_sh + (n * C).to(tl.int64) * q_st
     o_q = (o_r // C * q_sh + o_r % C * q_st)[:, None] + o_d[None, :] * q_sd
     o += ((b * T + n * C) * G * R + g * R) * DV
@@ -88,10 +89,11 @@ def chunk_output_fwd_kernel(
         query = tl.load(q + r * q_sh + o_q, mask=m_i[:, None], other=0.0)
         b_q = feature_map(query, 1.0, MAP, D).to(compute)
         scores = tl.dot(b_q, tl.trans(b_k1), input_precision=PRECISION)
-        out = tl.dot(b_q, b_s1, input_precision=PRECISION)
         if PAIRED:
             b_q2 = feature_map(query, -1.0, MAP, D).to(compute)
             scores = tl.dot(b_q2, tl.trans(b_k2), scores, input_precision=PRECISION)
+        out = tl.dot(b_q, b_s1, input_precision=PRECISION)
+        if PAIRED:
             out = tl.dot(b_q2, b_s2, out, input_precision=PRECISION)
         if MAP == SOFTMAX:
             scores += MEAN
@@ -103,9 +105,8 @@ def chunk_output_fwd_kernel(
         if HAS_DOCS:
             out = tl.where(reads[:, None], out, 0.0)
         scores = tl.where(pairs, scores, 0.0)
-        out = tl.dot(scores.to(compute), b_v, out, input_precision=PRECISION)
+        out = tl.fma(out, 1.0, tl.dot(scores.to(compute), b_v, input_precision=PRECISION))
         if any_bad != 0:
-            reads_bad = tl.max((pairs & bad[None, :]).to(tl.int32), 1) != 0
             out = tl.where(reads_bad[:, None], float("nan"), out)
         if HAS_START:
             # HEADS is 1: the start state may be another for every query head.

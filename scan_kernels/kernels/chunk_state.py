@@ -96,12 +96,14 @@ def chunk_state_fwd_kernel(
             value_sum += tl.sum(value, 0)
         state = tl.dot(tl.trans(phi.to(compute)), value.to(compute), state, input_precision=PRECISION)
 
-    p_total = totals + (bg * segments + segment) * (F + 1) * DV
-    tl.store(p_total + o_f[:, None] * DV + o_v[None, :], state)
-    if row0 == 0:
-        tl.store(p_total + F * DV + o_v, value_sum)
-        if HAS_DECAY or HAS_DOCS:
-            tl.store(total_factors + bg * segments + segment, share, mask=v0 == 0)
+    # Without totals no scan follows.
+    if totals is not None:
+        p_total = totals + (bg * segments + segment) * (F + 1) * DV
+        tl.store(p_total + o_f[:, None] * DV + o_v[None, :], state)
+        if row0 == 0:
+            tl.store(p_total + F * DV + o_v, value_sum)
+            if HAS_DECAY or HAS_DOCS:
+                tl.store(total_factors + bg * segments + segment, share, mask=v0 == 0)
 
 
 @triton.jit
@@ -141,6 +143,8 @@ def chunk_state_bwd_kernel(
         if r == 0:
             p_state = states + ((bg * N + n) * F + o_f[:, None]) * DV + o_v[None, :]
             tl.store(p_state, state.to(compute))
+            # Triton 3.6 stops at sm_100 on a state that a branch reads and does not write.
+            state += 0.0
             if row0 == 0:
                 if SUMS:
                     tl.store(value_sums + (bg * N + n) * DV + o_v, value_sum)
@@ -181,19 +185,22 @@ def chunk_state_bwd_kernel(
             tl.store(total_factors + bg * segments + segment, share, mask=v0 == 0)
 
 
-def state_outputs(sizes: Sizes, like, compute, has_factor: bool):
+def _outputs(sizes: Sizes, like, compute, has_factor: bool, with_totals: bool = True):
     BG, N, segments, F, DV = sizes.B * sizes.G, sizes.N, sizes.segments, sizes.F, sizes.DV
     return {
         "states": like.new_empty(BG, N, F, DV, dtype=compute),
         "value_sums": like.new_empty(BG, N, DV, dtype=torch.float32),
         "factors": like.new_empty(BG, N, dtype=torch.float32) if has_factor else None,
-        "totals": like.new_empty(BG, segments, F + 1, DV, dtype=torch.float32),
-        "total_factors": like.new_empty(BG, segments, dtype=torch.float32) if has_factor else None,
+        "totals": like.new_empty(BG, segments, F + 1, DV, dtype=torch.float32) if with_totals else None,
+        "total_factors": like.new_empty(BG, segments, dtype=torch.float32) if has_factor and with_totals else None,
     }
 
 
-def launch_chunk_state_fwd(sizes: Sizes, x: Tensors, config: Config, compute: torch.dtype) -> Launch:
-    outputs = state_outputs(sizes, x.k, compute, x.cum_hi is not None or x.key_doc is not None)
+def launch_chunk_state_fwd(
+    sizes: Sizes, x: Tensors, config: Config, compute: torch.dtype, *, with_totals: bool = True
+) -> Launch:
+    """Without totals where no scan follows."""
+    outputs = _outputs(sizes, x.k, compute, x.cum_hi is not None or x.key_doc is not None, with_totals)
     args = {
         "k": x.k,
         "v": x.v,

@@ -24,33 +24,25 @@ class Plan:
     hopper: bool = False  # the stages of kernels/hopper_*.py
 
 
-# Measured on an H200 with D = Dv = 128, softmax, bf16: docs/kernels.md.
+# Chosen ahead of time (python -m scan_kernels.kernels.resources): the fastest looking that neither spill registers nor
+# exceed the shared memory of any architecture. 64 rows, 8 warps and one head a tile: more rows do not fit.
+_WIDE = Config(num_warps=8, num_stages=1)
 HALF = Plan(
     chunk=64,
     segment=16,
-    state_fwd=Config(num_warps=4, num_stages=1),
-    state_bwd=Config(num_warps=4, num_stages=1),
-    output=Config(num_warps=8, num_stages=2, heads=2),
-    dq=Config(num_warps=8, num_stages=2, heads=2),
-    dkv=Config(num_warps=8, num_stages=2, heads=1),
+    state_fwd=_WIDE,
+    state_bwd=_WIDE,
+    output=Config(num_warps=8, num_stages=2),
+    dq=_WIDE,
+    dkv=_WIDE,
 )
-# Not measured: what fits into shared memory.
-SINGLE = Plan(
-    chunk=16,
-    segment=32,
-    state_fwd=Config(num_warps=4, num_stages=1, block_f=64, block_v=64),
-    state_bwd=Config(num_warps=4, num_stages=1, block_f=64, block_v=64),
-    output=Config(num_warps=4, num_stages=1),
-    dq=Config(num_warps=4, num_stages=1),
-    dkv=Config(num_warps=4, num_stages=1),
-)
-
-
-# Not measured either: HALF in the 163 KB of shared memory that an A100 has, or beside a start state, which the output
-# stage holds too.
-HALF_LEAN = replace(
-    HALF, output=Config(num_warps=8, num_stages=1, heads=1), dq=Config(num_warps=8, num_stages=1, heads=1)
-)
+# A decay, a start state, or the tensor cores of sm_80 take more registers per row.
+HALF_LEAN = replace(HALF, chunk=32, segment=32, output=_WIDE)
+_STATE = Config(num_warps=4, num_stages=1, block_f=64, block_v=64)
+# Queries and keys of 256: only dk/dv spills, 1 KB a thread, where chunks of 16 rows would double all states.
+HALF_256 = replace(HALF_LEAN, state_fwd=_STATE, state_bwd=_STATE)
+# Products of fp32 run without tensor cores.
+SINGLE = Plan(chunk=16, segment=32, state_fwd=_STATE, state_bwd=_STATE, output=_WIDE, dq=_WIDE, dkv=_WIDE)
 
 
 # bf16, D = Dv = 64 or 128, neither decay nor a start state.
@@ -69,9 +61,14 @@ HOPPER = Plan(
 def plan_for(
     dtype: torch.dtype, D: int, DV: int, capability: int = 90, with_start: bool = False, with_decay: bool = False
 ) -> Plan:
-    """The plan for a CUDA capability (80, 90, 100), `with_start` where every document begins at a given state."""
+    """The plan for a CUDA capability (80, 90, 100), `with_start` where every document begins at a given state.
+
+    DV is at most `fused_ops.value_columns`.
+    """
     if dtype == torch.float32:
         return SINGLE
-    if dtype == torch.bfloat16 and capability == 90 and D == DV and D in (64, 128) and not with_start and not with_decay:
+    if D > 128:
+        return HALF_256
+    if dtype == torch.bfloat16 and capability == 90 and D == DV and D in (64, 128) and not (with_start or with_decay):
         return HOPPER
-    return HALF_LEAN if capability < 90 or with_start else HALF
+    return HALF_LEAN if capability < 90 or with_start or with_decay else HALF

@@ -26,7 +26,7 @@ from scan_kernels.kernels.hopper_common import (
     tile_layout,
     to_memory,
 )
-from scan_kernels.kernels.launch import Config, Launch, Sizes, Tensors, strides
+from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, strides
 
 WARPS = gl.constexpr(4)
 
@@ -234,9 +234,9 @@ def hopper_dq_kernel(
 
 
 def launch_hopper_output(
-    sizes: Sizes, x: Tensors, states: Tensor, sums: Tensor, o: Tensor, config: Config
+    sizes: Sizes, x: Tensors, states: States, o: Tensor, config: Config
 ) -> Launch:
-    args = {"o": o, "states": states, "sums": sums, **chunk_args(sizes, x)}
+    args = {"o": o, "states": states.chunks, "sums": states.sums, **chunk_args(sizes, x)}
     return Launch(hopper_output_kernel, (sizes.N, sizes.B * sizes.G), args, config.options)
 
 

@@ -98,7 +98,7 @@ def hopper_state_kernel(
     last = gl.minimum(first + SEGMENT, N) - 1
     if HAS_CARRY:
         border = bg * (segments + 1) + segment
-        state = gl.load(carry + border * F * D + o_state)
+        state = gl.load(carry + border * F * D + o_state).to(gl.float32)
         state = gl.convert_layout(rename(state, D, D), product_layout(D, WARPS))
         if SUMS:
             first_sum = gl.load(carry_sums + border * D + o_sum)

@@ -148,13 +148,13 @@ def test_learned_options_train_under_tensor_parallelism(tmp_path):
     assert runs[2] == pytest.approx(runs[1], rel=2e-5)
 
 
-@pytest.mark.parametrize("policy", ["full", "selective"])
-def test_activation_checkpointing_changes_no_bit(uninterrupted, tmp_path, policy):
+@pytest.mark.parametrize(("policy", "name"), [("full", "FullAC"), ("selective", "RAttentionSelectiveAC")])
+def test_activation_checkpointing_changes_no_bit(uninterrupted, tmp_path, policy, name):
     config, expected = uninterrupted
     mine = copy_run(config, tmp_path)
     mine.write_text(mine.read_text() + f"activation_checkpoint: {policy}\n")
     done = train(mine)
-    assert f"Applied {policy.capitalize()}AC activation checkpointing" in done.output
+    assert f"Applied {name} activation checkpointing" in done.output
     assert losses(tmp_path / "out") == expected
 
 

@@ -17,7 +17,9 @@ fused = partial(residual_linear_attention, impl="triton")
 exact = partial(residual_linear_attention, impl="torch")
 
 
-def make(T, dtype=torch.bfloat16, *, B=1, H=4, G=2, D=128, decay=False, start="", q_std=1.0) -> dict[str, Tensor]:
+def make(
+    T, dtype=torch.bfloat16, *, B=1, H=4, G=2, D=128, Dv=None, decay=False, start="", q_std=1.0
+) -> dict[str, Tensor]:
     gen = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -26,12 +28,12 @@ def make(T, dtype=torch.bfloat16, *, B=1, H=4, G=2, D=128, decay=False, start=""
     inputs = {
         "q": (q_std * normal(B, T, H, D)).to(dtype),
         "k": normal(B, T, G, D).to(dtype),
-        "v": (normal(B, T, G, D) + 0.3).to(dtype),
+        "v": (normal(B, T, G, Dv or D) + 0.3).to(dtype),
     }
     if decay:
         inputs["decay"] = -0.2 * normal(B, T, G).abs()
     if start:
-        inputs["initial_state"] = normal(B, {"kv": G, "query": H}[start], 2 * D, D)
+        inputs["initial_state"] = normal(B, {"kv": G, "query": H}[start], 2 * D, Dv or D)
     return {name: x.requires_grad_() for name, x in inputs.items()}
 
 
@@ -59,6 +61,15 @@ def check(inputs: dict[str, Tensor], tolerance: float, **options) -> None:
 @pytest.mark.parametrize("window", [0, 1, 127, 512, None])
 def test_lengths_and_windows(dtype, D, T, window):
     check(make(T, dtype, D=D), TOLERANCE[dtype], window=window)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("D", "Dv"), [(32, 32), (256, 256), (256, 64), (64, 256)])
+@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
+def test_widths(dtype, D, Dv, everything):
+    inputs = make(1000, dtype, D=D, Dv=Dv, decay=everything, start="query" if everything else "")
+    ids = document_ids([random_lengths(1000, 3, 300)]).cuda() if everything else None
+    check(inputs, TOLERANCE[dtype] * (5 if everything else 1), window=60, document_ids=ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -140,8 +151,16 @@ def test_opcheck():
     from scan_kernels.fused_ops import fused_fwd
 
     inputs = make(200)
-    arguments = (inputs["q"], inputs["k"], inputs["v"], *(None,) * 7, 61, "softmax", True)
+    arguments = (inputs["q"], inputs["k"], inputs["v"], *(None,) * 7, 61, "softmax", True, 2)
     torch.library.opcheck(fused_fwd, arguments)
+
+
+@pytest.mark.parametrize("save_every", [1, 2, 8])
+@pytest.mark.parametrize("decay", [False, True], ids=["plain", "decay"])
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
+def test_kept_states(save_every, decay, documents):
+    ids = document_ids([random_lengths(4097, 3, 900)]).cuda() if documents else None
+    check(make(4097, decay=decay), 5e-2 if decay else 1e-2, window=60, document_ids=ids, save_every=save_every)
 
 
 def test_auto_takes_triton():

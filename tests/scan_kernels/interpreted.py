@@ -77,6 +77,23 @@ def test_options(T, decay, start, documents):
     check(inputs_of(T, decay=decay, start=start), window=5, document_ids=ids)
 
 
+@pytest.mark.parametrize(("D", "Dv"), [(32, 16), (64, 32), (16, 256), (256, 32)])
+def test_widths(D, Dv):
+    """Values of (16, 256) and (256, 32) are taken in parts."""
+    everything = Dv < 256
+    inputs = inputs_of(18, B=1, D=D, Dv=Dv, decay=everything, start="kv" if everything else "")
+    check(inputs, window=1, document_ids=document_ids([[7, 11]]) if everything else None, save_every=2)
+
+
+def test_final_state_in_parts():
+    inputs = cast(inputs_of(18, B=1, D=256, Dv=32), torch.float32)
+
+    def state(impl: str) -> Tensor:
+        return residual_linear_attention(**inputs, window=1, return_final_state=True, impl=impl)[1].carried_BGFD
+
+    assert_close(state("triton"), state("torch"), 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype):
     check(inputs_of(70), window=5, dtype=dtype, tolerance=1e-2)
@@ -128,6 +145,56 @@ def test_a_split_sequence_is_the_unsplit_one(cuts, documents):
     assert_close(split(single, "triton")[: whole.numel()], whole, 1e-5)
 
 
+@pytest.mark.parametrize("save_every", [1, 2, 4, 8])
+@pytest.mark.parametrize("extras", ["", "documents", "decay", "all"])
+def test_kept_states_change_no_gradient(save_every, extras):
+    """Nor does what a backward starts from: 57 tokens are 4 chunks, the last of them partial."""
+    T, everything = 57, extras == "all"
+    ids = document_ids([[1, 16, 40], [30, 27]]) if everything or extras == "documents" else None
+    inputs = inputs_of(T, decay=everything or extras == "decay", start="query" if everything else "")
+    check(inputs, window=2, document_ids=ids, save_every=save_every)
+
+
+@pytest.mark.parametrize("save_every", [1, 2, 8])
+def test_kept_states_of_a_continued_sequence(save_every):
+    inputs = inputs_of(41, decay=True, start="kv")
+
+    def both_ends(impl, inputs):
+        """The second call begins at a carried state, and its last state counts, too."""
+        rows, state = [], inputs["initial_state"]
+        for part in (slice(0, 20), slice(20, 41)):
+            now = {name: inputs[name][:, part] for name in ("q", "k", "v", "decay")}
+            o, state = residual_linear_attention(
+                **now, window=2, initial_state=state, return_final_state=True, impl=impl, save_every=save_every
+            )
+            rows.append(o.flatten())
+        return torch.cat((*rows, state.carried_BGFD.flatten()))
+
+    single = cast(inputs, torch.float32)
+    assert_same(gradients(both_ends("triton", single), single), gradients(both_ends("torch", inputs), inputs), 1e-5)
+
+
+def test_kept_bytes():
+    """Beyond the inputs a forward keeps nothing with 0, one state a chunk with 1, and less with more."""
+    inputs = cast(inputs_of(16 * 8), torch.float32)
+    own = {x.data_ptr() for x in inputs.values()}
+
+    def kept(save_every) -> int:
+        sizes = []
+
+        def pack(x: Tensor) -> Tensor:
+            if x.data_ptr() not in own:
+                sizes.append(x.numel() * x.element_size())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            residual_linear_attention(**inputs, window=2, impl="triton", save_every=save_every)
+        return sum(sizes)
+
+    state = 2 * 4 * 16 * (2 * 16 + 1)  # B, bytes, Dv, features and the sum of the values
+    assert [kept(m) for m in (0, 1, 2, 4, 8)] == [0, 8 * state, 5 * state, 3 * state, 2 * state]
+
+
 def test_strides():
     inputs = cast(inputs_of(33), torch.float32)
     expected = run(residual_linear_attention, cast(inputs, torch.float64), impl="torch", window=2)
@@ -174,20 +241,25 @@ def test_opcheck():
     rows = inputs["decay"].detach().double().transpose(1, 2).requires_grad_()
     ids = document_ids([[9, 11], [1, 19]])
     start_log = rows.detach().cumsum(2).requires_grad_()
-    for options in ((None,) * 7, (rows, ids, ids, ids[:, 0].clone(), start.detach() * 0, start, start_log)):
-        torch.library.opcheck(fused_fwd, (q, k, v, *options, 3, "softmax", True))
+    plain = (None,) * 7
+    everything = (rows, ids, ids, ids[:, 0].clone(), start.detach() * 0, start, start_log)
+    for options, save_every in ((plain, 0), (plain, 1), (everything, 2)):
+        torch.library.opcheck(fused_fwd, (q, k, v, *options, 3, "softmax", True, save_every))
 
 
 def test_compile_fullgraph():
     inputs = cast(inputs_of(40, decay=True, start="query"), torch.float32)
-    options = {"window": 5, "document_ids": document_ids([[30, 10], [39, 1]]), "impl": "triton"}
+    options = {"window": 5, "document_ids": document_ids([[30, 10], [39, 1]]), "impl": "triton", "save_every": 2}
     compiled = torch.compile(residual_linear_attention, fullgraph=True, backend="aot_eager", dynamic=False)
     assert_same(run(compiled, inputs, **options), run(residual_linear_attention, inputs, **options), 1e-6)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"D": 24}, "takes head sizes 16, 32, 64 and 128, got 24"), ({"Dv": 8}, "got 16 and 8 .values.; impl=.torch.")],
+    [
+        ({"D": 24}, "takes head sizes 16, 32, 64, 128 and 256, got 24"),
+        ({"Dv": 8}, "got 16 and 8 .values.; impl=.torch."),
+    ],
 )
 def test_refusals(changes, message):
     inputs = cast(make_inputs(5, **({"D": 16, "Dv": 16} | changes)), torch.float32)

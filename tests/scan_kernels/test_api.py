@@ -34,6 +34,8 @@ REFUSALS = {
     "window float": ({"window": 4.0}, "window must be an int"),
     "feature map": ({"feature_map": "elu"}, "one of softmax, relu, softmax_single, identity, got 'elu'"),
     "impl": ({"impl": "cuda"}, "impl must be one of auto, reference, torch, triton, got 'cuda'"),
+    "save_every negative": ({"save_every": -1}, "save_every must be an int >= 0 .* or None, got -1"),
+    "save_every bool": ({"save_every": True}, "save_every must be an int >= 0 .* got True"),
     "rank": ({"q": torch.zeros(B, T, D)}, r"q must be \(batch, tokens, heads, width\), got shape \(2, 9, 8\)"),
     "integers": ({"v": torch.zeros(B, T, G, Dv, dtype=torch.int64)}, "v must be float32, .* got torch.int64"),
     "mixed dtypes": ({"v": torch.zeros(B, T, G, Dv, dtype=torch.float32)}, "must share a dtype"),

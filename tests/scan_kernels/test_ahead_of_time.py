@@ -1,0 +1,60 @@
+"""The committed launch table, compiled for GPUs that are not there: no spilled registers, no excess of shared memory.
+
+FLEXRATTN_ALL_KERNELS=1 compiles the whole table, which takes minutes, and not only its first rows.
+"""
+
+import itertools
+import os
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+
+from scan_kernels.kernels.configs import HALF, Config
+from scan_kernels.kernels.resources import SHARED, Case, Resources, measure
+
+# Documents take what a plain problem takes, and more; sm_80 has the least shared memory, which a start state fills.
+FIRST = [
+    *(Case(capability, "bf16", 128, "documents") for capability in SHARED),
+    *(Case(capability, "bf16", 128, "plain") for capability in (90, 100)),
+    Case(80, "bf16", 128, "start"),
+]
+REST = [
+    case
+    for case in itertools.starmap(
+        Case,
+        [
+            *itertools.product(SHARED, ["bf16"], (64, 128), ("plain", "documents", "decay", "start", "all")),
+            *itertools.product(SHARED, ["bf16"], (32, 256), ["documents"]),
+            *itertools.product(SHARED, ["fp32"], (64, 128), ["documents"]),
+        ],
+    )
+    if case not in FIRST
+]
+
+
+def most_spilled(case: Case) -> int:
+    """Bytes that a thread may store and load beside its registers: 16, and what was reached where that was not."""
+    if case.D > 128 or case.dtype == "fp32":
+        return 1200
+    return {"decay": 128, "all": 600}.get(case.variant, 16)
+
+
+def test_kernels_fit():
+    everything = os.environ.get("FLEXRATTN_ALL_KERNELS") == "1"
+    unfit = []
+    for case, kernel, found in measure(FIRST + REST if everything else FIRST):
+        fits = isinstance(found, Resources) and found.spilled <= most_spilled(case)
+        # A kernel of next to no registers was optimized away.
+        if not fits or found.shared > SHARED[case.capability] or found.registers < 16:
+            unfit.append(f"sm_{case.capability} {case.dtype} D={case.D} {case.variant}: {kernel} {found}")
+    assert not unfit, "\n".join(unfit)
+
+
+def test_a_plan_that_does_not_fit_is_seen():
+    crowded = replace(HALF, dq=Config(num_warps=8, num_stages=2, heads=2))
+    case = Case(90, "bf16", 128, "plain", plan=crowded)
+    (dq,) = (found for _, _, found in measure([case], kernels=("chunk_dq",)))
+    assert dq.spilled > 16
+    assert dq.shared > SHARED[80]
