@@ -1,5 +1,6 @@
 """`impl="triton"`: the stages of kernels/ in order, forward and backward. Importing this file needs Triton."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from scan_kernels.kernels.hopper_state import (
 )
 from scan_kernels.kernels.launch import Launch, Sizes, States, Tensors
 from scan_kernels.kernels.state_scan import launch_state_scan
+from scan_kernels.kernels.tape import Tapes
 from scan_kernels.precision import without_autocast
 
 MAPS = {
@@ -140,6 +142,8 @@ def forward(
 def _keep(sizes: Sizes, states: States, save_every: int, run) -> Kept | None:
     if not save_every:
         return None
+    if save_every == 1 and states.carry is None:
+        return Kept(1, states.chunks, states.sums)
     launch, *tensors = launch_border_states(sizes, states, save_every, sizes.feature_map == common.SOFTMAX.value)
     run(launch)
     return Kept(save_every, *tensors)
@@ -169,9 +173,7 @@ def backward(
     run=Launch.run,
 ) -> Gradients:
     if plan.hopper:
-        return _hopper_backward(
-            sizes, x, init, do, final_init, plan, with_init_grad=with_init_grad, kept=kept, run=run
-        )
+        return _hopper_backward(sizes, x, init, do, final_init, plan, with_init_grad=with_init_grad, kept=kept, run=run)
     compute = compute_dtype(x.q.dtype)
     final = None
     if kept is None:
@@ -346,6 +348,56 @@ def prepare(
     return sizes, x, split_init(sizes, carried), plan
 
 
+_forward_tapes, _backward_tapes = Tapes(), Tapes()
+
+
+def _taped(q: Tensor, v: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call launches kernels alone: Hopper stages, and nothing that torch computes before or behind them."""
+    return q.is_cuda and all(x is None for x in others) and plan_of(q, v, None, None).hopper
+
+
+def _hopper_problem(inputs: Sequence[Tensor | None], lag: int, feature_map: str) -> tuple[Sizes, Tensors, Plan]:
+    q, k, v, query_doc, key_doc, carried_doc = inputs
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    plan = plan_of(q, v, None, None)
+    x = Tensors(q, k, v, query_doc=query_doc, key_doc=key_doc, carried_doc=carried_doc)
+    return sizes_of(q, k, v, lag, feature_map, plan), x, plan
+
+
+def _solve_taped(
+    q, k, v, query_doc, key_doc, carried_doc, lag: int, feature_map: str, save_every: int
+) -> Sequence[Tensor]:
+    """o and, with save_every, what is kept."""
+    carried_doc = None if carried_doc is None else carried_doc.contiguous()
+    inputs = (*map(_rows_of_16_bytes, (q, k, v)), query_doc, key_doc, carried_doc)
+
+    def build(run: Callable[[Launch], None]) -> Sequence[Tensor]:
+        sizes, x, plan = _hopper_problem(inputs, lag, feature_map)
+        o, _, kept = _hopper_forward(sizes, x, None, plan, with_final=False, save_every=save_every, run=run)
+        return (o,) if kept is None else (o, kept.states, kept.sums)
+
+    return _forward_tapes.call(inputs, (lag, feature_map, save_every), build)
+
+
+def _solve_bwd_taped(
+    do, q, k, v, query_doc, key_doc, carried_doc, kept, kept_sums, lag: int, feature_map: str, save_every: int
+) -> Sequence[Tensor]:
+    """dq, dk, dv."""
+    carried_doc = None if carried_doc is None else carried_doc.contiguous()
+    rows = tuple(map(_rows_of_16_bytes, (do, q, k, v)))
+    inputs = (*rows, query_doc, key_doc, carried_doc, *((kept, kept_sums) if save_every else (None, None)))
+
+    def build(run: Callable[[Launch], None]) -> Sequence[Tensor]:
+        sizes, x, plan = _hopper_problem(inputs[1:7], lag, feature_map)
+        states = Kept(save_every, kept, kept_sums) if save_every else None
+        grads = _hopper_backward(sizes, x, None, inputs[0], None, plan, with_init_grad=False, kept=states, run=run)
+        return grads.dq, grads.dk, grads.dv
+
+    return _backward_tapes.call(inputs, (lag, feature_map, save_every), build)
+
+
 def solve(
     q,
     k,
@@ -363,15 +415,22 @@ def solve(
     save_every,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(q):
+        if not with_final and _taped(q, v, rows, carried, start, start_log):
+            o, *parts = _solve_taped(q, k, v, query_doc, key_doc, carried_doc, lag, feature_map, save_every)
+            parts = parts or _nothing(q, compute_dtype(q.dtype), torch.float32)
+            return o, _nothing(q, torch.float32)[0], parts[0], parts[1]
         sizes, x, init, plan = prepare(
             q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map
         )
         o, final, kept = forward(sizes, x, init, plan, with_final=with_final, save_every=save_every)
-        kept_tensors = (q.new_empty(0, dtype=compute_dtype(q.dtype)), q.new_empty(0, dtype=torch.float32))
-        if kept is not None:
-            kept_tensors = kept.states, kept.sums
-        final = q.new_empty(0, dtype=torch.float32) if final is None else join_final(sizes, final).contiguous()
-        return o, final, *kept_tensors
+        parts = _nothing(q, compute_dtype(q.dtype), torch.float32) if kept is None else [kept.states, kept.sums]
+        final = _nothing(q, torch.float32)[0] if final is None else join_final(sizes, final).contiguous()
+        return o, final, parts[0], parts[1]
+
+
+def _nothing(like: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
+    """Empty tensors of their own: outputs of an op must not share memory."""
+    return [like.new_empty(0, dtype=dtype) for dtype in dtypes]
 
 
 def solve_bwd(
@@ -395,6 +454,12 @@ def solve_bwd(
     save_every,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(q), without_autocast(q.device.type):
+        if _taped(q, v, d_final, rows, carried, start, start_log):
+            dq, dk, dv = _solve_bwd_taped(
+                do, q, k, v, query_doc, key_doc, carried_doc, kept, kept_sums, lag, feature_map, save_every
+            )
+            d_rows, d_carried, d_start, d_start_log = _nothing(q, *[q.dtype] * 4)
+            return dq, dk, dv, d_rows, d_carried, d_start, d_start_log
         sizes, x, init, plan = prepare(
             q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map
         )
@@ -408,8 +473,7 @@ def solve_bwd(
             with_init_grad=carried is not None,
             kept=Kept(save_every, kept, kept_sums) if save_every else None,
         )
-        # Tensors of their own: outputs of an op must not share memory.
-        d_rows, d_carried, d_start, d_start_log = (q.new_empty(0) for _ in range(4))
+        d_rows, d_carried, d_start, d_start_log = _nothing(q, *[q.dtype] * 4)
         if rows is not None:
             if final is None and grads.final is not None:
                 final = join_final(sizes, grads.final)

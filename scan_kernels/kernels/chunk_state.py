@@ -213,7 +213,7 @@ def launch_chunk_state_fwd(
 
 
 def launch_chunk_state_bwd(sizes: Sizes, x: Tensors, do: Tensor, config: Config, compute: torch.dtype) -> Launch:
-    outputs = state_outputs(sizes, x.k, compute, x.cum_hi is not None or x.key_doc is not None)
+    outputs = _outputs(sizes, x.k, compute, x.cum_hi is not None or x.key_doc is not None)
     args = {
         "q": x.q,
         "do": do,

@@ -1,10 +1,10 @@
-"""What the Hopper stages share: tiles that move between global memory, registers and the tensor cores without a shuffle.
+"""What the Hopper stages share: tiles that move between global memory, registers and tensor cores without a shuffle.
 
 A warpgroup's matrix product (wgmma) reads its left operand from registers in which a thread holds columns 2t, 2t+1,
-8+2t, 8+2t+1, ... (t: lane % 4), and leaves its result in the same places. Loads of 16 bytes want columns 8t ... 8t+7. Both
-are true at once if the columns are renamed: column c of memory is column p of the product, with the bits of the index
-moved as `column_of` says. A sum over columns does not see their order, so q, k, v, do are all renamed alike on the way
-in, o, dq, dk, dv back on the way out, and no tile passes through shared memory but those that are a right operand.
+8+2t, 8+2t+1, ... (t: lane % 4), and leaves its result in the same places. Loads of 16 bytes want columns 8t ... 8t+7.
+Both are true at once if the columns are renamed: column c of memory is column p of the product, with the bits of the
+index moved as `column_of` says. A sum over columns does not see their order, so q, k, v, do are all renamed alike on
+the way in, o, dq, dk, dv back on the way out, and no tile passes through shared memory but the right operands.
 """
 
 from triton.experimental import gluon

@@ -207,13 +207,9 @@ def hopper_dkv_kernel(
             _map_queries(s_q.index(0), s_q2.index(0), -1.0, C, D, MAP)
         for r in range(0, R - 1):
             async_copy.wait_group(0)
-            copy_rows(
-                s_do.index((r + 1) % 2), do + (r + 1) * do_sh, do_st, n * C, 0, T, C, D, WARPS
-            )
+            copy_rows(s_do.index((r + 1) % 2), do + (r + 1) * do_sh, do_st, n * C, 0, T, C, D, WARPS)
             # The last round copies nothing: its bounds are empty.
-            copy_rows(
-                s_q.index(r % 2), q + (r + 2) * q_sh, q_st, n * C, 0, gl.where(r + 2 < R, T, 0), C, D, WARPS
-            )
+            copy_rows(s_q.index(r % 2), q + (r + 2) * q_sh, q_st, n * C, 0, gl.where(r + 2 < R, T, 0), C, D, WARPS)
             async_copy.commit_group()
             d_value, dphi1, dphi2 = _add_head(
                 s_k1, s_k2, s_v, s_q, s_do.index(r % 2), s_q1, s_q2, s_p, s_ds, d_value, dphi1, dphi2, pairs, r,

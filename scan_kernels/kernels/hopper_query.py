@@ -212,7 +212,8 @@ def hopper_dq_kernel(
             dphi = gl.where(reads[:, None], dphi, 0.0)
         dphi = warpgroup_mma(b_ds, s_k1, dphi, is_async=True)
         dphi = warpgroup_mma_wait(0, deps=[dphi])
-        d_query = feature_map_bwd(query, to_memory(dphi, C, D, TILE), 1.0, MAP)
+        # Three tiles in fp32 are as many registers as there are: the first half waits in bf16.
+        d_query = feature_map_bwd(query, to_memory(dphi, C, D, TILE), 1.0, MAP).to(gl.bfloat16)
         if PAIRED:
             dphi2 = warpgroup_mma(
                 b_do, s_s2.permute([1, 0]), gl.zeros([C, D], gl.float32, ACC), use_acc=False, is_async=True
@@ -222,7 +223,7 @@ def hopper_dq_kernel(
                 dphi2 = gl.where(reads[:, None], dphi2, 0.0)
             dphi2 = warpgroup_mma(b_ds, s_k2, dphi2, is_async=True)
             dphi2 = warpgroup_mma_wait(0, deps=[dphi2])
-            d_query += feature_map_bwd(query, to_memory(dphi2, C, D, TILE), -1.0, MAP)
+            d_query = d_query.to(gl.float32) + feature_map_bwd(query, to_memory(dphi2, C, D, TILE), -1.0, MAP)
         d_out = load_tile(do + (r + 1) * do_sh, do_st, n * C, 0, gl.where(r + 1 < R, T, 0), C, D, TILE, gl.int64)
         if any_bad != 0:
             key = load_tile(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE)
@@ -233,9 +234,7 @@ def hopper_dq_kernel(
         store_tile(dq + r * D, G * R * D, n * C, d_query, 0, T, C, D, TILE, gl.int64)
 
 
-def launch_hopper_output(
-    sizes: Sizes, x: Tensors, states: States, o: Tensor, config: Config
-) -> Launch:
+def launch_hopper_output(sizes: Sizes, x: Tensors, states: States, o: Tensor, config: Config) -> Launch:
     args = {"o": o, "states": states.chunks, "sums": states.sums, **chunk_args(sizes, x)}
     return Launch(hopper_output_kernel, (sizes.N, sizes.B * sizes.G), args, config.options)
 

@@ -1,7 +1,8 @@
 """Stage 1 on Hopper: `chunk_state.py`, one half of the features a program, wgmma from shared memory.
 
-Neither decay nor a start state: those take the stages of `chunk_state.py`. The rows and columns of a state are stored in
-the order of `column_of`, so that the readers may copy them into shared memory as they are: `reorder_state` undoes it.
+Neither decay nor a start state: those take the stages of `chunk_state.py`. The rows and columns of a state are stored
+in the order of `column_of`, so that the readers may copy them into shared memory as they are: `reorder_state` undoes
+it.
 
 A forward runs this twice: for the totals of the segments, which the scan turns into the states at their borders, and
 from those for the state in front of every chunk. A backward runs it once, for both: queries and their gradients are

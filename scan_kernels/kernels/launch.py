@@ -117,8 +117,9 @@ class Launch:
     args: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)  # num_warps, num_stages
 
-    def run(self) -> None:
-        self.kernel[self.grid](**self.args, **self.options)
+    def run(self) -> Any:
+        """Launch it; the compiled kernel."""
+        return self.kernel[self.grid](**self.args, **self.options)
 
     def run_compiled(self, capability: int, cache: dict) -> Any:
         """Run what `compile` makes, so that kernels compiled by other processes are found; returns the kernel."""
