@@ -26,22 +26,16 @@ from benchmarks.contenders import (
     softmax_reference,
 )
 from flexrattn import build_model_config, make_layers, resolve_flavor
-from flexrattn.masked_attention import Mask, MaskedAttention
+from flexrattn.masked_attention import SAFE_ROWS, Mask, MaskedAttention
 from score_mods import build_block_mask, causal, dense_mask, sliding_window
 
 
-def swa(windows: Sequence[int], *, safe_rows: bool) -> list[Contender]:
-    """The softmax branch over windows, as a layer runs it, and with a kernel option that layers do not set."""
+def swa(windows: Sequence[int], *, checked_rows: bool) -> list[Contender]:
+    """The softmax branch over windows, as a layer runs it, and without the kernel option that layers set."""
     return [
         *full_attention(),
-        *(window_contender(f"Flex window {window}", window) for window in windows),
-        # True of every causal window: a query sees itself, so no row of scores is all -inf. BLOCKS_ARE_CONTIGUOUS is
-        # not: the partial blocks of a row are the window's far end and the diagonal.
-        *(
-            window_contender(f"Flex window {window} safe rows", window, ROWS_GUARANTEED_SAFE=True)
-            for window in windows
-            if safe_rows
-        ),
+        *(window_contender(f"Flex window {window}", window, **SAFE_ROWS) for window in windows),
+        *(window_contender(f"Flex window {window} checked rows", window) for window in windows if checked_rows),
     ]
 
 
@@ -257,7 +251,7 @@ def _in_float64(
 ) -> Tensor:
     """The block's own formula on dense masks and the chunked scan, nothing of it in less than fp32."""
     twin: Any = copy.deepcopy(block).double()
-    twin.attention.inner_attention = MaskedAttention.Config().build()
+    twin.attention.inner_attention = MaskedAttention.Config(kernel_options=dict(SAFE_ROWS)).build()
     if twin.attention.residual is not None:
         twin.attention.residual.impl = "torch"
     mask_mod = causal() if window is None else sliding_window(window)

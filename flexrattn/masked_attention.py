@@ -15,6 +15,11 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtitan.models.common.attention import FlexAttention
 
+# Kernel options of masks under which every query keeps a key: causal masks do, it is its own. No row of scores is then
+# all -inf, and the kernel need not look for one. (BLOCKS_ARE_CONTIGUOUS would be wrong: the partial blocks of a window
+# are its far end and the diagonal.)
+SAFE_ROWS = {"ROWS_GUARANTEED_SAFE": True}
+
 # A mask for one attention kind: sparse blocks where a kernel uses them, a (B or 1, 1, T, T) boolean where not.
 Mask = BlockMask | torch.Tensor
 
