@@ -26,24 +26,20 @@ from benchmarks.contenders import (
     softmax_reference,
 )
 from flexrattn import build_model_config, make_layers, resolve_flavor
-from flexrattn.masked_attention import SAFE_ROWS, Mask, MaskedAttention
+from flexrattn.masked_attention import Mask, MaskedAttention
 from score_mods import build_block_mask, causal, dense_mask, sliding_window
 
 
-def swa(windows: Sequence[int], *, checked_rows: bool) -> list[Contender]:
-    """The softmax branch over windows, as a layer runs it, and without the kernel option that layers set."""
-    return [
-        *full_attention(),
-        *(window_contender(f"Flex window {window}", window, **SAFE_ROWS) for window in windows),
-        *(window_contender(f"Flex window {window} checked rows", window) for window in windows if checked_rows),
-    ]
+def swa(windows: Sequence[int]) -> list[Contender]:
+    """The softmax branch over windows, as a layer runs it."""
+    return [*full_attention(), *(window_contender(f"Flex window {window}", window) for window in windows)]
 
 
-def window_contender(name: str, window: int, **kernel_options: Any) -> Contender:
+def window_contender(name: str, window: int) -> Contender:
     """`MaskedAttention` under a sliding window."""
 
     def prepare(shape: Shape, device: torch.device) -> Prepared:
-        inner = MaskedAttention.Config(kernel_options=kernel_options).build()
+        inner = MaskedAttention.Config().build()
         mask_mod = causal() if window >= shape.T else sliding_window(window)
         build = dense_mask if device.type == "cpu" else build_block_mask
         mask: Mask = build(mask_mod, q_len=shape.T, kv_len=shape.T, device=device)
@@ -251,7 +247,7 @@ def _in_float64(
 ) -> Tensor:
     """The block's own formula on dense masks and the chunked scan, nothing of it in less than fp32."""
     twin: Any = copy.deepcopy(block).double()
-    twin.attention.inner_attention = MaskedAttention.Config(kernel_options=dict(SAFE_ROWS)).build()
+    twin.attention.inner_attention = MaskedAttention.Config().build()
     if twin.attention.residual is not None:
         twin.attention.residual.impl = "torch"
     mask_mod = causal() if window is None else sliding_window(window)

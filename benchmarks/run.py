@@ -86,7 +86,6 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "swa":
             windows = [128, 512, 1024, 2048, 4096]
             add("--windows", type=int, nargs="+", default=windows, help="previous keys a query sees")
-            add("--checked-rows", action="store_true", help="also each window without ROWS_GUARANTEED_SAFE")
         else:
             add("--window", type=int, default=512, help="previous keys the softmax branch sees")
         if name == "rla":
@@ -142,7 +141,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         contenders = rla(options.window, with_torch=options.with_torch_scan)
         inputs_of = partial(attention_inputs, v_mean=0.3)
     elif options.command == "swa":
-        contenders = layers.swa(windows, checked_rows=options.checked_rows)
+        contenders = layers.swa(windows)
     elif options.command == "rattention":
         contenders = layers.rattention(options.window)
     else:

@@ -26,7 +26,7 @@ from flexrattn.attention import (
     ResidualLinearBranch,
 )
 from flexrattn.initializers import Normal
-from flexrattn.masked_attention import SAFE_ROWS, MaskedAttention
+from flexrattn.masked_attention import MaskedAttention
 from flexrattn.model import Block, GatedFeedForward, MaskSpec, RAttentionModel
 from flexrattn.suggest import choose
 from scan_kernels import available_feature_maps
@@ -260,7 +260,7 @@ def _attention(size: Flavor, layers: Layers, *, local: bool, mask: str) -> RAtte
         wqkv_param_init=_linear_init(),
         wo_param_init=_linear_init(_residual_std(size)),
         qk_norm=_norm(size, size.head_dim) if size.qk_norm else None,
-        inner_attention=MaskedAttention.Config(kernel_options=dict(SAFE_ROWS)),
+        inner_attention=MaskedAttention.Config(),
         rope=CosSinRoPE.Config(dim=size.head_dim, max_seq_len=size.max_seq_len, theta=size.rope_theta),
     )
     inherited = {f.name: getattr(gqa, f.name) for f in dataclasses.fields(gqa)}

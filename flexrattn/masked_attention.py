@@ -15,11 +15,6 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtitan.models.common.attention import FlexAttention
 
-# Kernel options of masks under which every query keeps a key: causal masks do, it is its own. No row of scores is then
-# all -inf, and the kernel need not look for one. (BLOCKS_ARE_CONTIGUOUS would be wrong: the partial blocks of a window
-# are its far end and the diagonal.)
-SAFE_ROWS = {"ROWS_GUARANTEED_SAFE": True}
-
 # A mask for one attention kind: sparse blocks where a kernel uses them, a (B or 1, 1, T, T) boolean where not.
 Mask = BlockMask | torch.Tensor
 
@@ -37,6 +32,9 @@ class MaskedAttention(FlexAttention):
 
     # torchtitan compiles flex with max-autotune and coordinate descent: minutes per shape, and no measurable gain on an
     # H200 (KERNELS.md). Dynamic shapes, on the other hand, cost 26-38 %, so a second length compiles a second kernel.
+    # Two kernel options look safe under a window and are not. ROWS_GUARANTEED_SAFE wants a key for every row in every
+    # tile that is read, and a window's far end has rows without (seen on an H200: NaN). BLOCKS_ARE_CONTIGUOUS skips
+    # from a window's far end to the block behind it, not to the diagonal.
     _static_flex: ClassVar[Callable[..., Any]] = torch.compile(flex_attention, dynamic=False)
 
     def forward(

@@ -18,7 +18,7 @@ SIZES = "--tokens 4096 --lengths 2048 1024 --repeats 3"
     [
         ("rla --window 100", ("cuDNN full", "FA2 full", "Flex full", "rla triton", "rla triton compiled")),
         ("rla --window 100 --dtype fp32 --heads 4 2 --with-torch-scan", ("rla triton", "rla torch")),
-        ("swa --windows 100 512 --checked-rows", ("cuDNN full", "Flex window 512", "Flex window 100 checked rows")),
+        ("swa --windows 100 512", ("cuDNN full", "Flex window 512", "Flex window 100")),
         ("rattention --window 100", ("cuDNN full", "rattention core", "rattention core documents")),
         (
             "train_step --window 100 --flavor debug --layers 2",

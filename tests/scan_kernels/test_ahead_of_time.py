@@ -34,8 +34,14 @@ REST = [
 ]
 
 
-def most_spilled(case: Case) -> int:
+# Reached with Triton 3.6 and 3.8 at D = 128; some measured faster than what spills nothing.
+HOPPER = {"hopper_state": 32, "hopper_output": 400, "hopper_dq": 440, "hopper_dkv": 288}
+
+
+def most_spilled(case: Case, kernel: str) -> int:
     """Bytes that a thread may store and load beside its registers: 16, and what was reached where that was not."""
+    if kernel in HOPPER:
+        return HOPPER[kernel]
     if case.D > 128 or case.dtype == "fp32":
         return 1200
     return {"decay": 128, "all": 600}.get(case.variant, 16)
@@ -45,7 +51,7 @@ def test_kernels_fit():
     everything = os.environ.get("FLEXRATTN_ALL_KERNELS") == "1"
     unfit = []
     for case, kernel, found in measure(FIRST + REST if everything else FIRST):
-        fits = isinstance(found, Resources) and found.spilled <= most_spilled(case)
+        fits = isinstance(found, Resources) and found.spilled <= most_spilled(case, kernel)
         # A kernel of next to no registers was optimized away.
         if not fits or found.shared > SHARED[case.capability] or found.registers < 16:
             unfit.append(f"sm_{case.capability} {case.dtype} D={case.D} {case.variant}: {kernel} {found}")
