@@ -24,7 +24,7 @@ from torch import Tensor
 from scan_kernels import fused
 from scan_kernels.api import residual_linear_attention
 from scan_kernels.fused_ops import value_columns
-from scan_kernels.kernels.configs import Plan, plan_for
+from scan_kernels.kernels.configs import HALF, Plan, plan_for
 from scan_kernels.kernels.launch import Config, Launch, Tensors
 
 STAGES = {
@@ -33,6 +33,13 @@ STAGES = {
     "output": "chunk_output_fwd_kernel",
     "dq": "chunk_dq_kernel",
     "dkv": "chunk_dkv_kernel",
+}
+HOPPER_STAGES = {
+    "state_fwd": "hopper_state_kernel",
+    "state_bwd": "hopper_state_kernel",
+    "output": "hopper_output_kernel",
+    "dq": "hopper_dq_kernel",
+    "dkv": "hopper_dkv_kernel",
 }
 SCAN = "state_scan_kernel"
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
@@ -75,6 +82,10 @@ def with_stage(plan: Plan, stage: str, config: Config) -> Plan:
 def candidates(stage: str, plan: Plan) -> list[Plan]:
     """Plans that differ from `plan` in one stage, or in how the sequence is cut."""
     found = []
+    if plan.hopper:
+        # Their tiles are fixed; what can be chosen is how many programs fit on an SM.
+        own: Config = getattr(plan, stage)
+        return [with_stage(plan, stage, replace(own, registers=limit)) for limit in (None, 128, 168, 224)]
     if stage.startswith("state"):
         for warps, stages, block_f, block_v in itertools.product((4, 8), (1, 2, 3), (64, 128), (64, 128)):
             found.append(with_stage(plan, stage, Config(warps, stages, block_f=block_f, block_v=block_v)))
@@ -96,25 +107,36 @@ def run_all(shape: Shape, plan: Plan, device: str, run: Callable[[Launch], Any],
 
 
 def _compile(job: tuple[Shape, Plan, str, int]) -> tuple[str, float]:
-    shape, plan, kernel, capability = job
+    shape, plan, stage, capability = job
     begin = time.perf_counter()
     try:
-        for launch in launches(shape, plan, "meta", None, kernel):
+        for launch in launches(shape, plan, "meta", None, stage):
             launch.compile(capability)
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:80]}", time.perf_counter() - begin
     return "", time.perf_counter() - begin
 
 
-def launches(shape: Shape, plan: Plan, device: str, given: Any, kernel: str) -> list[Launch]:
+def launches(shape: Shape, plan: Plan, device: str, given: Any, stage: str) -> list[Launch]:
+    """Of a stage, or of the scan; the same kernel once."""
+    kernel = SCAN if stage == SCAN else (HOPPER_STAGES if plan.hopper else STAGES)[stage]
     found: list[Launch] = []
 
     def collect(launch: Launch) -> None:
-        if launch.kernel.fn.__name__ == kernel and not found:
+        # One Hopper kernel makes totals and states, forward and backward.
+        made_by = {"state_fwd": (False, True), "state_bwd": (True, True)}.get(stage) if plan.hopper else None
+        makes = (launch.args.get("BACKWARD"), launch.args.get("states") is not None)
+        if launch.kernel.fn.__name__ == kernel and made_by in (None, makes) and not found:
             found.append(launch)
 
     run_all(shape, plan, device, collect, given)
     return found
+
+
+def queued(launch: Launch, kernel: Any) -> Callable[[], Any]:
+    """The launch of a compiled kernel, without the search for it."""
+    arguments = [launch.args[parameter.name] for parameter in launch.kernel.params]
+    return partial(kernel[(*launch.grid, 1, 1)[:3]], *arguments)
 
 
 def median_ms(fn: Callable[[], Any], repeats: int = 30) -> float:
@@ -122,6 +144,7 @@ def median_ms(fn: Callable[[], Any], repeats: int = 30) -> float:
         fn()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for begin, end in events:
+        torch.cuda._sleep(200_000)  # about .1 ms, in which the host queues the launch
         begin.record()
         fn()
         end.record()
@@ -153,6 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--chunk", type=int, nargs="*", help="rows of a chunk to try; the plan's by default")
     parser.add_argument("--segment", type=int, nargs="*", help="chunks of a segment to try; the plan's by default")
     parser.add_argument("--stage", choices=STAGES, nargs="*", default=list(STAGES))
+    parser.add_argument("--portable", action="store_true", help="the stages that every GPU has, on a Hopper GPU, too")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args(arguments)
@@ -169,16 +193,18 @@ def main(arguments: list[str] | None = None) -> int:
         options.feature_map,
         DTYPES[options.dtype],
     )
-    base = plan_for(shape.dtype, shape.D, shape.DV)
+    capability = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    base = plan_for(shape.dtype, shape.D, shape.DV, capability)
+    if base.hopper and options.portable:
+        base = HALF
     plans = [
         replace(base, chunk=chunk, segment=segment)
         for chunk in options.chunk or [base.chunk]
         for segment in options.segment or [base.segment]
     ]
     jobs = [(plan, stage, each) for plan in plans for stage in options.stage for each in candidates(stage, plan)]
-    capability = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-    to_compile = [(shape, plan, STAGES[stage], capability) for _, stage, plan in jobs]
-    to_compile += [(shape, plan, kernel, capability) for plan in plans for kernel in (*STAGES.values(), SCAN)]
+    to_compile = [(shape, plan, stage, capability) for _, stage, plan in jobs]
+    to_compile += [(shape, plan, stage, capability) for plan in plans for stage in (*STAGES, SCAN)]
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
         failures = list(pool.map(_compile, to_compile))
     device = torch.cuda.get_device_name()
@@ -195,21 +221,21 @@ def main(arguments: list[str] | None = None) -> int:
     for (_, stage, plan), (failure, seconds) in zip(jobs, failures[: len(jobs)], strict=True):
         config: Config = getattr(plan, stage)
         row: dict[str, Any] = {"stage": stage, "chunk": plan.chunk, "segment": plan.segment, **vars(config)}
-        row |= {"ms": "", "error": "", "registers": "", "spills": "", "shared": "", "note": failure}
+        row |= {"ms": "", "error": "", "used": "", "spills": "", "shared": "", "note": failure}
         row["compile_s"] = f"{seconds:.1f}"
         if not failure:
             try:
                 first, second = (run_all(shape, plan, "cuda", run, given) for _ in range(2))
                 same = all(torch.equal(first[name], second[name]) for name in first)
                 errors = {name: relative(x, expected[name]) for name, x in first.items()}
-                (launch,) = launches(shape, plan, "cuda", given, STAGES[stage])
+                (launch,) = launches(shape, plan, "cuda", given, stage)
                 kernel = launch.run_compiled(capability, compiled)
-                row |= {"registers": kernel.n_regs, "spills": kernel.n_spills, "shared": kernel.metadata.shared}
+                row |= {"used": kernel.n_regs, "spills": kernel.n_spills, "shared": kernel.metadata.shared}
                 row["error"] = f"{max(errors.values()):.1e}"
                 right = all(error < TOLERANCE[shape.dtype] for error in errors.values())
                 if not right or not same:
                     row["note"] = f"WRONG {errors}" if not right else "WRONG: differs between two runs"
-                row["ms"] = f"{median_ms(partial(run, launch)):.4f}"
+                row["ms"] = f"{median_ms(queued(launch, kernel)):.4f}"
             except Exception as error:
                 row["note"] = f"{type(error).__name__}: {str(error)[:80]}"
         rows.append(row)
@@ -229,7 +255,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(" ".join(f"{name}={value}" for name, value in best.items() if value != "" and name != "compile_s"))
     for plan in plans:
         for launch in launches(shape, plan, "cuda", given, SCAN):
-            print(f"state_scan chunk={plan.chunk} segment={plan.segment} ms={median_ms(partial(run, launch)):.4f}")
+            scan = queued(launch, launch.run_compiled(capability, compiled))
+            print(f"state_scan chunk={plan.chunk} segment={plan.segment} ms={median_ms(scan):.4f}")
     if options.csv:
         with options.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, ["device", "torch", "triton", *rows[0]])
