@@ -138,6 +138,28 @@ def test_strides():
     check({name: x.requires_grad_() for name, x in inputs.items()}, 1e-2, window=60)
 
 
+def test_rows_that_no_16_byte_load_reads():
+    inputs = {name: torch.cat((x, x), dim=3)[..., 1:129] for name, x in make(1000).items()}
+    check({name: x.detach().requires_grad_() for name, x in inputs.items()}, 1e-2, window=60)
+
+
+def test_offsets_beyond_32_bits():
+    """A document behind 2^31 elements of q is what it is alone."""
+    T, tail = 2**20 + 1000, 1000
+    inputs = make(T, H=16, G=1)
+    alone = {name: x[:, -tail:].detach().requires_grad_() for name, x in inputs.items()}
+    ids = (torch.arange(T, device="cuda") >= T - tail).long()[None]
+    o = fused(**inputs, window=60, document_ids=ids)
+    expected = fused(**alone, window=60)
+    torch.testing.assert_close(o[:, -tail:], expected, rtol=0, atol=0.02 * expected.abs().max().item())
+    gen = torch.Generator("cuda").manual_seed(1)
+    do = torch.randn(expected.shape, generator=gen, device="cuda").bfloat16()
+    grads = torch.autograd.grad(o[:, -tail:], list(inputs.values()), do)
+    for name, x, reference in zip(inputs, grads, torch.autograd.grad(expected, list(alone.values()), do), strict=True):
+        assert_close(x[:, -tail:], reference.double(), 1e-2, name)
+        assert (x[:, :-tail] == 0).all(), name
+
+
 def test_compile_fullgraph():
     inputs = make(1000, decay=True, start="query")
     ids = document_ids([random_lengths(1000, 3, 300)]).cuda()
