@@ -185,9 +185,7 @@ def backward(
         cut = sizes
     else:
         cut, states = kept_states(sizes, x, kept, plan, run)
-    dq = torch.empty(x.q.shape, dtype=x.q.dtype, device=x.q.device)
-    dk = torch.empty(x.k.shape, dtype=x.q.dtype, device=x.q.device)
-    dv = torch.empty(x.v.shape, dtype=x.q.dtype, device=x.q.device)
+    dq, dk, dv = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for like in (x.q, x.k, x.v))
     d_read = d_start = d_given = None
     if x.cum_hi is not None:
         d_read = torch.empty(sizes.B, sizes.T, sizes.H, device=x.q.device)
@@ -206,7 +204,8 @@ def _rows_of_16_bytes(x: Tensor) -> Tensor:
     """x, or a copy where the 16-byte loads of the Hopper stages could not read it."""
     fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(stride % 16 for stride in x.stride()[:-1])
     fits &= x.stride(1) * 64 < 2**31  # offsets inside a chunk
-    return x if fits else x.contiguous()
+    # Not `contiguous`, which returns a contiguous view that begins anywhere as it is.
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _hopper_states(
@@ -267,9 +266,7 @@ def _hopper_backward(
         run(first)
         chunks = first.args["states"]
         del first
-    dq = torch.empty(x.q.shape, dtype=x.q.dtype, device=x.q.device)
-    dk = torch.empty(x.k.shape, dtype=x.q.dtype, device=x.q.device)
-    dv = torch.empty(x.v.shape, dtype=x.q.dtype, device=x.q.device)
+    dq, dk, dv = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for like in (x.q, x.k, x.v))
     run(launch_hopper_dq(sizes, x, chunks, do, dq, plan.dq))
     del chunks
     last = launch_hopper_state_bwd(sizes, x, do, plan.state_bwd)

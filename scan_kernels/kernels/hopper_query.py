@@ -32,6 +32,46 @@ WARPS = gl.constexpr(4)
 
 
 @gluon.jit
+def _copy_state(s_1, s_2, state, D: gl.constexpr, PAIRED: gl.constexpr):
+    """Start the copy of a state to shared memory, a tile for each half of the features."""
+    copy_rows(s_1, state, D, 0, 0, D, D, D, WARPS)
+    if PAIRED:
+        copy_rows(s_2, state + D * D, D, 0, 0, D, D, D, WARPS)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _share_features(s_1, s_2, x, C: gl.constexpr, D: gl.constexpr, MAP: gl.constexpr, PAIRED: gl.constexpr):
+    """phi(x) in shared memory, a tile for each half."""
+    s_1.store(rename(feature_map(x, 1.0, MAP, D).to(gl.bfloat16), C, D))
+    if PAIRED:
+        s_2.store(rename(feature_map(x, -1.0, MAP, D).to(gl.bfloat16), C, D))
+
+
+@gluon.jit
+def _masks(
+    query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st,
+    C: gl.constexpr, SCORES: gl.constexpr, ACC: gl.constexpr, HAS_DOCS: gl.constexpr,
+):  # fmt: skip
+    """Which query (row) reads which key (column) of the chunk, and which queries read the state before it."""
+    i_row = gl.arange(0, C, gl.SliceLayout(1, SCORES))
+    j_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
+    o_row = gl.arange(0, C, gl.SliceLayout(1, ACC))
+    pairs = i_row[:, None] >= j_row[None, :]
+    reads = o_row >= 0
+    if HAS_DOCS:
+        carried = gl.load(carried_doc + b)
+        key_doc += b * doc_sb
+        query_doc += b * qdoc_sb
+        before = key_document(key_doc, doc_st, carried, n * C - 1, lag, T)
+        doc_i = gl.load(query_doc + gl.minimum(n * C + i_row, T - 1).to(gl.int64) * qdoc_st)
+        doc_j = key_document(key_doc, doc_st, carried, n * C + j_row, lag, T)
+        pairs = pairs & (doc_i[:, None] == doc_j[None, :])
+        reads = gl.load(query_doc + gl.minimum(n * C + o_row, T - 1).to(gl.int64) * qdoc_st) == before
+    return pairs, reads
+
+
+@gluon.jit
 def hopper_output_kernel(
     q, k, v, o, query_doc, key_doc, carried_doc, states, sums,
     q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, qdoc_sb, qdoc_st, doc_sb, doc_st,
@@ -48,19 +88,15 @@ def hopper_output_kernel(
     bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0)
     b, g = bg // G, bg % G
 
+    # The chunk's state, keys and values in shared memory.
     s_s1 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
     s_k1 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
     s_v = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+    s_s2, s_k2 = s_s1, s_k1
     if PAIRED:
         s_s2 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
         s_k2 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
-
-    # The state before the chunk.
-    states += (bg * N + n) * F * D
-    copy_rows(s_s1, states, D, 0, 0, D, D, D, WARPS)
-    if PAIRED:
-        copy_rows(s_s2, states + D * D, D, 0, 0, D, D, D, WARPS)
-    async_copy.commit_group()
+    _copy_state(s_s1, s_s2, states + (bg * N + n) * F * D, D, PAIRED)
 
     # The chunk's keys. A masked score is 0, but 0 * NaN is NaN: keys and values that are not finite leave the products,
     # and set those who may read them to NaN below.
@@ -76,25 +112,10 @@ def hopper_output_kernel(
     bad = gl.maximum(is_bad(key), is_bad(value))
     s_v.store(rename(gl.where(bad[:, None] != 0, 0.0, value).to(gl.bfloat16), C, D))
     any_bad = gl.max(bad, 0)
-    key = gl.where(bad[:, None] != 0, 0.0, key)
-    s_k1.store(rename(feature_map(key, 1.0, MAP, D).to(gl.bfloat16), C, D))
-    if PAIRED:
-        s_k2.store(rename(feature_map(key, -1.0, MAP, D).to(gl.bfloat16), C, D))
-
-    i_row = gl.arange(0, C, gl.SliceLayout(1, SCORES))
-    j_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
-    pairs = i_row[:, None] >= j_row[None, :]
-    if HAS_DOCS:
-        carried = gl.load(carried_doc + b)
-        key_doc += b * doc_sb
-        query_doc += b * qdoc_sb
-        before = key_document(key_doc, doc_st, carried, n * C - 1, lag, T)
-        doc_i = gl.load(query_doc + gl.minimum(n * C + i_row, T - 1).to(gl.int64) * qdoc_st)
-        doc_j = key_document(key_doc, doc_st, carried, n * C + j_row, lag, T)
-        pairs = pairs & (doc_i[:, None] == doc_j[None, :])
-        o_row = gl.arange(0, C, gl.SliceLayout(1, ACC))
-        reads = gl.load(query_doc + gl.minimum(n * C + o_row, T - 1).to(gl.int64) * qdoc_st) == before
-
+    _share_features(s_k1, s_k2, gl.where(bad[:, None] != 0, 0.0, key), C, D, MAP, PAIRED)
+    pairs, reads = _masks(
+        query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
+    )
     o += (b * T * G * R + g * R) * D
     async_copy.wait_group(0)
     fence_async_shared()
@@ -151,19 +172,15 @@ def hopper_dq_kernel(
     bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0)
     b, g = bg // G, bg % G
 
+    # The chunk's state, keys and values in shared memory.
     s_s1 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
     s_k1 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
     s_v = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+    s_s2, s_k2 = s_s1, s_k1
     if PAIRED:
         s_s2 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
         s_k2 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
-
-    # The state before the chunk.
-    states += (bg * N + n) * F * D
-    copy_rows(s_s1, states, D, 0, 0, D, D, D, WARPS)
-    if PAIRED:
-        copy_rows(s_s2, states + D * D, D, 0, 0, D, D, D, WARPS)
-    async_copy.commit_group()
+    _copy_state(s_s1, s_s2, states + (bg * N + n) * F * D, D, PAIRED)
 
     # The chunk's keys. A masked product may still be 0 * NaN, so keys that are not finite leave them.
     key = load_tile(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE, gl.int64)
@@ -173,25 +190,10 @@ def hopper_dq_kernel(
     bad = is_bad(key)
     s_v.store(rename(value.to(gl.bfloat16), C, D))
     any_bad = gl.max(bad, 0)
-    key = gl.where(bad[:, None] != 0, 0.0, key)
-    s_k1.store(rename(feature_map(key, 1.0, MAP, D).to(gl.bfloat16), C, D))
-    if PAIRED:
-        s_k2.store(rename(feature_map(key, -1.0, MAP, D).to(gl.bfloat16), C, D))
-
-    i_row = gl.arange(0, C, gl.SliceLayout(1, SCORES))
-    j_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
-    pairs = i_row[:, None] >= j_row[None, :]
-    if HAS_DOCS:
-        carried = gl.load(carried_doc + b)
-        key_doc += b * doc_sb
-        query_doc += b * qdoc_sb
-        before = key_document(key_doc, doc_st, carried, n * C - 1, lag, T)
-        doc_i = gl.load(query_doc + gl.minimum(n * C + i_row, T - 1).to(gl.int64) * qdoc_st)
-        doc_j = key_document(key_doc, doc_st, carried, n * C + j_row, lag, T)
-        pairs = pairs & (doc_i[:, None] == doc_j[None, :])
-        o_row = gl.arange(0, C, gl.SliceLayout(1, ACC))
-        reads = gl.load(query_doc + gl.minimum(n * C + o_row, T - 1).to(gl.int64) * qdoc_st) == before
-
+    _share_features(s_k1, s_k2, gl.where(bad[:, None] != 0, 0.0, key), C, D, MAP, PAIRED)
+    pairs, reads = _masks(
+        query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
+    )
     q += b * q_sb + g * R * q_sh
     dq += (b * T * G * R + g * R) * D
     async_copy.wait_group(0)

@@ -94,11 +94,6 @@ def test_final_state_in_parts():
     assert_close(state("triton"), state("torch"), 1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype):
-    check(inputs_of(70), window=5, dtype=dtype, tolerance=1e-2)
-
-
 def test_scan_of_several_segments_at_once(monkeypatch):
     monkeypatch.setattr(state_scan, "BLOCK_S", 4)
     inputs = make_inputs(70, B=1, H=1, G=1, D=16, Dv=16, decay=True)
