@@ -8,7 +8,7 @@ contender's own.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,10 +180,12 @@ def linear_reference(window: int) -> Callable[..., Tensor]:
     return reference
 
 
-def scan_contender(name: str, window: int, *, impl: str, compile: bool = False) -> Contender:
+def scan_contender(
+    name: str, window: int, *, impl: str, compile: bool = False, save_every: int | None = None
+) -> Contender:
     def prepare(shape: Shape, device: torch.device) -> Prepared:
         def scan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return residual_linear_attention(q, k, v, window=window, impl=impl)
+            return residual_linear_attention(q, k, v, window=window, impl=impl, save_every=save_every)
 
         return Prepared(
             forward=compiled(scan, device) if compile else scan,
@@ -234,12 +236,16 @@ def fla_contender(window: int) -> Contender:
     return Contender(name="fla composition", prepare=prepare, window=window, slack=10)
 
 
-def rla(window: int, *, with_torch: bool) -> list[Contender]:
-    """The linear branch: full attention for scale, flash-linear-attention's scan, and ours."""
+def rla(window: int, *, with_torch: bool, save_every: Sequence[int] = ()) -> list[Contender]:
+    """The linear branch: full attention for scale, flash-linear-attention's scan, and ours.
+
+    save_every: ours once more for each m, with the states before every m-th chunk kept.
+    """
     return [
         *full_attention(),
         fla_contender(window),
         scan_contender("rla triton", window, impl="triton"),
         scan_contender("rla triton compiled", window, impl="triton", compile=True),
+        *(scan_contender(f"rla triton m={m}", window, impl="triton", save_every=m) for m in save_every),
         *([scan_contender("rla torch", window, impl="torch")] if with_torch else []),
     ]

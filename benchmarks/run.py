@@ -90,6 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
             add("--window", type=int, default=512, help="previous keys the softmax branch sees")
         if name == "rla":
             add("--with-torch-scan", action="store_true", help='also impl="torch", which is slow')
+            add("--save-every", type=int, nargs="+", default=[], metavar="M", help="also with these states kept")
         add("--dtype", choices=DTYPES, default="bf16")
         add("--repeats", type=int, default=30, help="rounds; each times every contender once")
         add("--seed", type=int, default=0, help="of the inputs and of the order within a round")
@@ -138,7 +139,10 @@ def make_plan(options: argparse.Namespace) -> Plan:
 
     inputs_of: InputsOf = attention_inputs
     if options.command == "rla":
-        contenders = rla(options.window, with_torch=options.with_torch_scan)
+        kept = list(dict.fromkeys(options.save_every))
+        if min(kept, default=0) < 0:
+            raise BadOptions(f"--save-every must be 0 (none) or more (chunks), got {min(kept)}")
+        contenders = rla(options.window, with_torch=options.with_torch_scan, save_every=kept)
         inputs_of = partial(attention_inputs, v_mean=0.3)
     elif options.command == "swa":
         contenders = layers.swa(windows)

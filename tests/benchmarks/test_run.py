@@ -102,6 +102,7 @@ def timed(*given: Contender, rounds: int = 3, shapes: Sequence[Shape] = (SHAPE,)
         ("train_step --flavor 4b", "got '4b'"),
         ("train_step --heads 16 4", "unrecognized arguments: --heads"),
         ("swa --window 512x", "invalid"),
+        ("rla --save-every 4 -1", "--save-every must be 0 (none) or more (chunks), got -1"),
     ],
 )
 def test_bad_options_are_one_line(arguments, said, capsys):
@@ -133,6 +134,16 @@ def test_plans_hold_the_tokens(command):
     assert any(each.ours for each in plan.contenders)
     tensors = plan.inputs_of(replace(plan.shapes[0], B=1, T=8), CPU, 0)
     assert all(x.dtype == torch.bfloat16 for x in tensors.values())
+
+
+def test_kept_states_are_contenders(monkeypatch):
+    plan = run.make_plan(run.make_parser().parse_args(["rla", "--save-every", "0", "4", "4"]))
+    given = []
+    monkeypatch.setattr(contenders, "residual_linear_attention", lambda *x, **options: given.append(options))
+    for each in plan.contenders:
+        if " m=" in each.name:
+            each.prepare(SHAPE, CPU).forward(*[torch.empty(0)] * 3)
+    assert [options["save_every"] for options in given] == [0, 4]
 
 
 def test_the_command_from_end_to_end(tmp_path, capsys, monkeypatch):
