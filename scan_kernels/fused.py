@@ -370,7 +370,7 @@ def _solve_taped(
     carried_doc = None if carried_doc is None else carried_doc.contiguous()
     inputs = (*map(_rows_of_16_bytes, (q, k, v)), query_doc, key_doc, carried_doc)
 
-    def build(run: Callable[[Launch], None]) -> Sequence[Tensor]:
+    def build(inputs: Sequence[Tensor | None], run: Callable[[Launch], None]) -> Sequence[Tensor]:
         sizes, x, plan = _hopper_problem(inputs, lag, feature_map)
         o, _, kept = _hopper_forward(sizes, x, None, plan, with_final=False, save_every=save_every, run=run)
         return (o,) if kept is None else (o, kept.states, kept.sums)
@@ -386,10 +386,14 @@ def _solve_bwd_taped(
     rows = tuple(map(_rows_of_16_bytes, (do, q, k, v)))
     inputs = (*rows, query_doc, key_doc, carried_doc, *((kept, kept_sums) if save_every else (None, None)))
 
-    def build(run: Callable[[Launch], None]) -> Sequence[Tensor]:
-        sizes, x, plan = _hopper_problem(inputs[1:7], lag, feature_map)
-        states = Kept(save_every, kept, kept_sums) if save_every else None
-        grads = _hopper_backward(sizes, x, None, inputs[0], None, plan, with_init_grad=False, kept=states, run=run)
+    def build(inputs: Sequence[Tensor | None], run: Callable[[Launch], None]) -> Sequence[Tensor]:
+        do, *problem, kept, kept_sums = inputs
+        assert do is not None
+        sizes, x, plan = _hopper_problem(problem, lag, feature_map)
+        states = None
+        if kept is not None and kept_sums is not None:
+            states = Kept(save_every, kept, kept_sums)
+        grads = _hopper_backward(sizes, x, None, do, None, plan, with_init_grad=False, kept=states, run=run)
         return grads.dq, grads.dk, grads.dv
 
     return _backward_tapes.call(inputs, (lag, feature_map, save_every), build)

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from scan_kernels.kernels.launch import Launch
 
-Optional = Tensor | None
-
 
 @dataclass(frozen=True)
 class _Step:
@@ -27,9 +25,11 @@ class _Step:
 
 
 class Tape:
-    """Record with `record`, then `repeat`. Every tensor that a launch writes must be new and contiguous."""
+    """Record with `record`, then `repeat`. Every tensor that a launch writes must be new and contiguous, and no two
+    inputs the same object.
+    """
 
-    def __init__(self, inputs: Sequence[Optional]) -> None:
+    def __init__(self, inputs: Sequence[Tensor | None]) -> None:
         self._inputs = list(inputs)
         self._launched: list[tuple[Launch, Any]] = []
 
@@ -70,7 +70,7 @@ class Tape:
         self._inputs, self._launched = [None] * len(self._inputs), []  # keep no tensor alive
         return self
 
-    def repeat(self, inputs: Sequence[Optional]) -> list[Tensor]:
+    def repeat(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
         """The outputs for `inputs`, which have the layouts of the recorded ones."""
         slots: list[Any] = [*inputs, *(None for _ in range(self._count - len(inputs)))]
         for step in self._steps:
@@ -94,24 +94,26 @@ class Tapes:
 
     def call(
         self,
-        inputs: Sequence[Optional],
+        inputs: Sequence[Tensor | None],
         options: Hashable,
-        build: Callable[[Callable[[Launch], None]], Sequence[Tensor]],
+        build: Callable[[Sequence[Tensor | None], Callable[[Launch], None]], Sequence[Tensor]],
     ) -> Sequence[Tensor]:
-        """What `build(run)` returns, launched through `run`; repeated from the tape where there is one."""
+        """What `build(inputs, run)` returns, launched through `run`; repeated from the tape where there is one."""
         key = (options, *map(_layout, inputs))
         tape = self._tapes.get(key)
         if tape is not None:
             self._tapes.move_to_end(key)
             return tape.repeat(inputs)
+        # A tape tells tensors apart by identity, and two of the next call may be one of this.
+        inputs = [None if x is None else x.detach() for x in inputs]
         tape = Tape(inputs)
-        outputs = build(tape.record)
+        outputs = build(inputs, tape.record)
         self._tapes[key] = tape.finish(outputs)
         if len(self._tapes) > self._size:
             self._tapes.popitem(last=False)
         return outputs
 
 
-def _layout(x: Optional) -> Hashable:
+def _layout(x: Tensor | None) -> Hashable:
     # Kernels are compiled for pointers that 16 bytes divide, or for others.
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)

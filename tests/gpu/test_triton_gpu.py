@@ -169,6 +169,12 @@ def test_offsets_beyond_32_bits():
         assert (x[:, :-tail] == 0).all(), name
 
 
+def test_one_tensor_for_all_and_then_three():
+    x = make(333, H=2)["q"]
+    both(fused, {"q": x, "k": x, "v": x}, window=60)
+    check(make(333, H=2), 1e-2, window=60)
+
+
 def test_compile_fullgraph():
     inputs = make(1000, decay=True, start="query")
     ids = document_ids([random_lengths(1000, 3, 300)]).cuda()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from scan_kernels import fused
 from scan_kernels.kernels.launch import Launch
 from scan_kernels.kernels.tape import Tapes
 
@@ -52,22 +53,23 @@ def added(x: Tensor, y: Tensor, out: Tensor) -> None:
 
 
 class Problem:
-    """out = 2 x + x, by two kernels and a tensor between them."""
+    """out = 2 x + y, by two kernels and a tensor between them; y is x where none is given."""
 
     def __init__(self) -> None:
         self.first, self.second = Kernel(doubled, "x", "out", "factor"), Kernel(added, "x", "y", "out")
         self.tapes, self.built, self.between = Tapes(size=2), 0, []
 
-    def __call__(self, x: Tensor, option: int = 0) -> Tensor:
-        def build(run):
+    def __call__(self, x: Tensor, y: Tensor | None = None, option: int = 0) -> Tensor:
+        def build(inputs, run):
             self.built += 1
+            x, _, y = inputs
             between, out = torch.empty_like(x), torch.empty_like(x)
             self.between.append(weakref.ref(between))
             run(Launch(self.first, (1,), {"x": x, "out": between, "factor": 2}))
-            run(Launch(self.second, (1,), {"x": x, "y": between, "out": out}))
+            run(Launch(self.second, (1,), {"x": y, "y": between, "out": out}))
             return (out,)
 
-        return self.tapes.call((x, None), option, build)[0]
+        return self.tapes.call((x, None, x if y is None else y), option, build)[0]
 
 
 def test_a_layout_is_built_once_and_repeated_on_other_tensors():
@@ -77,6 +79,14 @@ def test_a_layout_is_built_once_and_repeated_on_other_tensors():
         torch.testing.assert_close(problem(x), 3 * x)
     assert problem.built == 1
     assert (problem.first.jitted, problem.first.compiled) == (1, 2)
+
+
+def test_inputs_that_were_one_tensor_may_be_two():
+    problem = Problem()
+    x, y = torch.randn(5), torch.randn(5)
+    problem(x)
+    torch.testing.assert_close(problem(x, y), 2 * x + y)
+    assert problem.built == 1
 
 
 def test_outputs_are_new_tensors():
@@ -121,3 +131,78 @@ def test_nothing_stays_alive():
     alive = [weakref.ref(problem(x)), weakref.ref(x)]
     del x
     assert [ref() for ref in (*alive, *problem.between)] == [None, None, None]
+
+
+# What the op launches on Hopper, with tensors that hold nothing.
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def problem(documents: bool) -> list[Tensor | None]:
+    B, T, H, G, D = 2, 2100, 4, 2, 128
+    ids = [empty(B, T, dtype=torch.int32), empty(B, T, dtype=torch.int32), empty(B, dtype=torch.int32)]
+    tensors = [empty(B, T, H, D), empty(B, T, G, D), empty(B, T, G, D), None, *(ids if documents else [None] * 3)]
+    return [*tensors, None, None, None]
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
+@pytest.mark.parametrize("save_every", [0, 1, 4])
+def test_a_repeated_step_launches_what_the_first_one_did(monkeypatch, documents, save_every):
+    launched: list[tuple[str, list]] = []
+
+    def run(launch: Launch):
+        name = launch.kernel.fn.__name__
+        launched.append((name, [launch.args[each.name] for each in launch.kernel.params]))
+        return Repeated(name)
+
+    class Repeated:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args: launched.append((self.name, list(args)))
+
+    monkeypatch.setattr(Launch, "run", run)
+    monkeypatch.setattr(fused, "_taped", lambda *tensors: True)
+    monkeypatch.setattr(fused, "_forward_tapes", Tapes())
+    monkeypatch.setattr(fused, "_backward_tapes", Tapes())
+
+    def step() -> list:
+        """Kernels with their arguments, tensors as (name, shape, dtype)."""
+        launched.clear()
+        inputs = problem(documents)
+        o, _, kept, kept_sums = fused.solve(*inputs, 513, "softmax", False, save_every)
+        do = empty(*o.shape)
+        dq, dk, dv, *_ = fused.solve_bwd(do, None, *inputs, None, kept, kept_sums, 513, "softmax", save_every)
+        assert [x.shape for x in (o, dq, dk, dv)] == [inputs[i].shape for i in (0, 0, 1, 2)]
+        known = dict(zip(["q", "k", "v", "rows", "query_doc", "key_doc", "carried_doc"], inputs, strict=False))
+        known |= {"do": do, "o": o, "dq": dq, "dk": dk, "dv": dv, "kept": kept, "kept_sums": kept_sums}
+        names = {id(x): name for name, x in known.items() if x is not None}
+        return [
+            (kernel, [(names.get(id(x)), x.shape, x.dtype) if isinstance(x, Tensor) else x for x in arguments])
+            for kernel, arguments in launched
+        ]
+
+    def shapes(calls: list) -> list:
+        return [(kernel, [x[1:] if isinstance(x, tuple) else x for x in args]) for kernel, args in calls]
+
+    first, second, third = (step() for _ in range(3))
+    assert shapes(second) == shapes(first)
+    assert third == second
+    read = {(kernel, x[0]) for kernel, args in second for x in args if isinstance(x, tuple) and x[0]}
+    expected = {("hopper_state_kernel", name) for name in ("k", "v", "q", "do")}
+    expected |= {("hopper_output_kernel", name) for name in ("q", "k", "v", "o")}
+    expected |= {("hopper_dq_kernel", name) for name in ("q", "k", "v", "do", "dq")}
+    expected |= {("hopper_dkv_kernel", name) for name in ("q", "k", "v", "do", "dk", "dv")}
+    if documents:
+        kernels = ("hopper_state_kernel", "hopper_output_kernel", "hopper_dq_kernel", "hopper_dkv_kernel")
+        expected |= {(kernel, name) for kernel in kernels for name in ("query_doc", "key_doc", "carried_doc")}
+    if save_every == 4:
+        expected |= {("border_states_kernel", "kept"), ("border_states_kernel", "kept_sums")}
+        expected |= {("hopper_state_kernel", "kept"), ("hopper_state_kernel", "kept_sums")}
+    if save_every == 1:
+        kept = {("hopper_state_kernel", "kept"), ("hopper_output_kernel", "kept"), ("hopper_dq_kernel", "kept")}
+        expected |= kept | {("hopper_state_kernel", "kept_sums"), ("hopper_output_kernel", "kept_sums")}
+    assert read == expected
