@@ -80,7 +80,7 @@ def copy_layout(COLUMNS, WARPS):
 
 @gluon.jit
 def row_pointer(p, first, stride):
-    """Where row `first` begins. Offsets from there on are 32 bits wide: `rows_of_16_bytes` sees to it."""
+    """Where row `first` begins. Offsets inside a chunk are 32 bits wide: `fused._rows_of_16_bytes` sees to it."""
     return p + gl.to_tensor(first).to(gl.int64) * stride
 
 

@@ -106,30 +106,26 @@ def hopper_state_kernel(
 
     steps = (last - first + 1) * R
     o_c = gl.arange(0, C // 2, gl.SliceLayout(1, READ))
-    if BACKWARD:
-        copy_rows(s_x.index(0), x, x_st, last * C, 0, T, C, D, WARPS)
-        copy_rows(s_y.index(0), y, y_st, last * C, 0, T, C, D, WARPS)
-    else:
-        copy_rows(s_x.index(0), x, x_st, first * C - lag, 0, T - lag, C, D, WARPS)
-        copy_rows(s_y.index(0), y, y_st, first * C - lag, 0, T - lag, C, D, WARPS)
+    # Row i of a chunk is key i - lag, or query i.
+    shift = 0 if BACKWARD else lag
+    n = last if BACKWARD else first
+    copy_rows(s_x.index(0), x, x_st, n * C - shift, 0, T - shift, C, D, WARPS)
+    copy_rows(s_y.index(0), y, y_st, n * C - shift, 0, T - shift, C, D, WARPS)
     async_copy.commit_group()
     share = 1.0
     # The chunks in order, or backwards and in each the group's heads.
     for step in range(0, steps):
         if BACKWARD:
             n, r = last - step // R, step % R
+            n_next, r_next = last - (step + 1) // R, (step + 1) % R
         else:
             n, r = first + step, 0
+            n_next, r_next = n + 1, 0
         buffer = step % 2
         async_copy.wait_group(0)
         if step + 1 < steps:
-            if BACKWARD:
-                n_next, r_next = last - (step + 1) // R, (step + 1) % R
-                copy_rows(s_x.index(1 - buffer), x + r_next * x_sh, x_st, n_next * C, 0, T, C, D, WARPS)
-                copy_rows(s_y.index(1 - buffer), y + r_next * y_sh, y_st, n_next * C, 0, T, C, D, WARPS)
-            else:
-                copy_rows(s_x.index(1 - buffer), x, x_st, (n + 1) * C - lag, 0, T - lag, C, D, WARPS)
-                copy_rows(s_y.index(1 - buffer), y, y_st, (n + 1) * C - lag, 0, T - lag, C, D, WARPS)
+            copy_rows(s_x.index(1 - buffer), x + r_next * x_sh, x_st, n_next * C - shift, 0, T - shift, C, D, WARPS)
+            copy_rows(s_y.index(1 - buffer), y + r_next * y_sh, y_st, n_next * C - shift, 0, T - shift, C, D, WARPS)
             async_copy.commit_group()
         if HAS_DOCS:
             before = key_document(key_doc, doc_st, carried, n * C - 1, lag, T)
