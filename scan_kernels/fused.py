@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
 from scan_kernels.feature_maps import apply_feature_map
+from scan_kernels.fused_ops import Inputs
 from scan_kernels.kernels import common, configs
 from scan_kernels.kernels.border_states import kept_rows, launch_border_states
 from scan_kernels.kernels.chunk_dkv import launch_chunk_dkv
@@ -275,40 +276,29 @@ def _hopper_backward(
     return Gradients(dq, dk, dv, None, None, None, d_init, None)
 
 
-def plan_of(q: Tensor, v: Tensor, rows: Tensor | None, start: Tensor | None, capability: int = 90) -> Plan:
+def plan_of(inputs: Inputs, capability: int = 90) -> Plan:
     """The plan of a problem on the GPU that its tensors are on, or for `capability` if they are meta tensors."""
+    q, v = inputs.q, inputs.v
     if q.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(q.device)
         capability = 10 * major + minor
     elif q.device.type == "cpu":
         capability = 80  # Triton's interpreter runs no Hopper stages
-    return configs.plan_for(q.dtype, q.shape[3], v.shape[3], capability, start is not None, rows is not None)
+    with_start, with_decay = inputs.start is not None, inputs.rows is not None
+    return configs.plan_for(q.dtype, q.shape[3], v.shape[3], capability, with_start, with_decay)
 
 
-def rows_kept(q: Tensor, v: Tensor, rows: Tensor | None, start: Tensor | None, save_every: int) -> int:
+def rows_kept(inputs: Inputs, save_every: int) -> int:
     """States that a forward keeps for each KV head of each sequence."""
-    return kept_rows(-(-q.shape[1] // plan_of(q, v, rows, start).chunk), save_every)
+    return kept_rows(-(-inputs.q.shape[1] // plan_of(inputs).chunk), save_every)
 
 
 def prepare(
-    q,
-    k,
-    v,
-    rows,
-    query_doc,
-    key_doc,
-    carried_doc,
-    carried,
-    start,
-    start_log,
-    lag: int,
-    feature_map: str,
-    *,
-    capability: int = 90,
-    plan: Plan | None = None,
+    inputs: Inputs, lag: int, feature_map: str, *, capability: int = 90, plan: Plan | None = None
 ) -> tuple[Sizes, Tensors, Tensor | None, Plan]:
-    """The arguments of `fused_ops.fused_fwd` as the stages take them. `capability`: of tensors that are on no GPU."""
-    plan = plan or plan_of(q, v, rows, start, capability)
+    """The arguments of the ops as the stages take them. `capability`: of meta tensors."""
+    plan = plan or plan_of(inputs, capability)
+    q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log = inputs
     sizes = sizes_of(q, k, v, lag, feature_map, plan)
     if plan.hopper and not q.is_meta:
         q, k, v = _rows_of_16_bytes(q), _rows_of_16_bytes(k), _rows_of_16_bytes(v)
@@ -348,81 +338,65 @@ def prepare(
 _forward_tapes, _backward_tapes = Tapes(), Tapes()
 
 
-def _taped(q: Tensor, v: Tensor, *others: Tensor | None) -> bool:
+def _taped(inputs: Inputs, *others: Tensor | None) -> bool:
     """Whether a call launches kernels alone: Hopper stages, and nothing that torch computes before or behind them."""
-    return q.is_cuda and all(x is None for x in others) and plan_of(q, v, None, None).hopper
+    computed = (inputs.rows, inputs.carried, inputs.start, inputs.start_log, *others)
+    return inputs.q.is_cuda and all(x is None for x in computed) and plan_of(inputs).hopper
 
 
-def _hopper_problem(inputs: Sequence[Tensor | None], lag: int, feature_map: str) -> tuple[Sizes, Tensors, Plan]:
-    q, k, v, query_doc, key_doc, carried_doc = inputs
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    plan = plan_of(q, v, None, None)
+def _aligned(inputs: Inputs) -> Inputs:
+    """As the Hopper stages read them."""
+    q, k, v = map(_rows_of_16_bytes, inputs[:3])
+    carried_doc = None if inputs.carried_doc is None else inputs.carried_doc.contiguous()
+    return inputs._replace(q=q, k=k, v=v, carried_doc=carried_doc)
+
+
+def _hopper_problem(inputs: Inputs, lag: int, feature_map: str) -> tuple[Sizes, Tensors, Plan]:
+    plan = plan_of(inputs)
+    q, k, v, _, query_doc, key_doc, carried_doc, *_ = inputs
     x = Tensors(q, k, v, query_doc=query_doc, key_doc=key_doc, carried_doc=carried_doc)
     return sizes_of(q, k, v, lag, feature_map, plan), x, plan
 
 
-def _solve_taped(
-    q, k, v, query_doc, key_doc, carried_doc, lag: int, feature_map: str, save_every: int
-) -> Sequence[Tensor]:
+def _solve_taped(inputs: Inputs, lag: int, feature_map: str, save_every: int) -> Sequence[Tensor]:
     """o and, with save_every, what is kept."""
-    carried_doc = None if carried_doc is None else carried_doc.contiguous()
-    inputs = (*map(_rows_of_16_bytes, (q, k, v)), query_doc, key_doc, carried_doc)
 
-    def build(inputs: Sequence[Tensor | None], run: Callable[[Launch], None]) -> Sequence[Tensor]:
-        sizes, x, plan = _hopper_problem(inputs, lag, feature_map)
+    def build(tensors: Sequence[Any], run: Callable[[Launch], None]) -> Sequence[Tensor]:
+        sizes, x, plan = _hopper_problem(Inputs(*tensors), lag, feature_map)
         o, _, kept = _hopper_forward(sizes, x, None, plan, with_final=False, save_every=save_every, run=run)
         return (o,) if kept is None else (o, kept.states, kept.sums)
 
-    return _forward_tapes.call(inputs, (lag, feature_map, save_every), build)
+    return _forward_tapes.call(_aligned(inputs), (lag, feature_map, save_every), build)
 
 
 def _solve_bwd_taped(
-    do, q, k, v, query_doc, key_doc, carried_doc, kept, kept_sums, lag: int, feature_map: str, save_every: int
+    do: Tensor, inputs: Inputs, kept: Kept | None, lag: int, feature_map: str, save_every: int
 ) -> Sequence[Tensor]:
     """dq, dk, dv."""
-    carried_doc = None if carried_doc is None else carried_doc.contiguous()
-    rows = tuple(map(_rows_of_16_bytes, (do, q, k, v)))
-    inputs = (*rows, query_doc, key_doc, carried_doc, *((kept, kept_sums) if save_every else (None, None)))
 
-    def build(inputs: Sequence[Tensor | None], run: Callable[[Launch], None]) -> Sequence[Tensor]:
-        do, *problem, kept, kept_sums = inputs
-        assert do is not None
-        sizes, x, plan = _hopper_problem(problem, lag, feature_map)
-        states = None
-        if kept is not None and kept_sums is not None:
-            states = Kept(save_every, kept, kept_sums)
-        grads = _hopper_backward(sizes, x, None, do, None, plan, with_init_grad=False, kept=states, run=run)
+    def build(tensors: Sequence[Any], run: Callable[[Launch], None]) -> Sequence[Tensor]:
+        do, states, sums, *problem = tensors
+        sizes, x, plan = _hopper_problem(Inputs(*problem), lag, feature_map)
+        kept = Kept(save_every, states, sums) if save_every else None
+        grads = _hopper_backward(sizes, x, None, do, None, plan, with_init_grad=False, kept=kept, run=run)
         return grads.dq, grads.dk, grads.dv
 
-    return _backward_tapes.call(inputs, (lag, feature_map, save_every), build)
+    states = (None, None) if kept is None else (kept.states, kept.sums)
+    tensors = (_rows_of_16_bytes(do), *states, *_aligned(inputs))
+    return _backward_tapes.call(tensors, (lag, feature_map, save_every), build)
 
 
 def solve(
-    q,
-    k,
-    v,
-    rows,
-    query_doc,
-    key_doc,
-    carried_doc,
-    carried,
-    start,
-    start_log,
-    lag,
-    feature_map,
-    with_final,
-    save_every,
+    inputs: Inputs, lag: int, feature_map: str, with_final: bool, save_every: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `fused_ops.fused_fwd` returns."""
+    q = inputs.q
     with torch.cuda.device_of(q):
-        if not with_final and _taped(q, v, rows, carried, start, start_log):
-            o, *parts = _solve_taped(q, k, v, query_doc, key_doc, carried_doc, lag, feature_map, save_every)
+        if not with_final and _taped(inputs):
+            o, *parts = _solve_taped(inputs, lag, feature_map, save_every)
             parts = parts or _nothing(q, compute_dtype(q.dtype), torch.float32)
             return o, _nothing(q, torch.float32)[0], parts[0], parts[1]
-        sizes, x, init, plan = prepare(
-            q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map
-        )
+        sizes, x, init, plan = prepare(inputs, lag, feature_map)
         o, final, kept = forward(sizes, x, init, plan, with_final=with_final, save_every=save_every)
         parts = _nothing(q, compute_dtype(q.dtype), torch.float32) if kept is None else [kept.states, kept.sums]
         final = _nothing(q, torch.float32)[0] if final is None else join_final(sizes, final).contiguous()
@@ -435,45 +409,30 @@ def _nothing(like: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
 
 
 def solve_bwd(
-    do,
-    d_final,
-    q,
-    k,
-    v,
-    rows,
-    query_doc,
-    key_doc,
-    carried_doc,
-    carried,
-    start,
-    start_log,
-    final,
-    kept,
-    kept_sums,
-    lag,
-    feature_map,
-    save_every,
+    do: Tensor,
+    d_final: Tensor | None,
+    inputs: Inputs,
+    final: Tensor | None,
+    kept_chunks: Tensor | None,
+    kept_sums: Tensor | None,
+    lag: int,
+    feature_map: str,
+    save_every: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `fused_ops.fused_bwd` returns."""
+    q, _, _, rows, *_, carried, start, start_log = inputs
+    kept = None
+    if kept_chunks is not None and kept_sums is not None:
+        kept = Kept(save_every, kept_chunks, kept_sums)
     with torch.cuda.device_of(q), without_autocast(q.device.type):
-        if _taped(q, v, d_final, rows, carried, start, start_log):
-            dq, dk, dv = _solve_bwd_taped(
-                do, q, k, v, query_doc, key_doc, carried_doc, kept, kept_sums, lag, feature_map, save_every
-            )
+        if _taped(inputs, d_final):
+            dq, dk, dv = _solve_bwd_taped(do, inputs, kept, lag, feature_map, save_every)
             d_rows, d_carried, d_start, d_start_log = _nothing(q, *[q.dtype] * 4)
             return dq, dk, dv, d_rows, d_carried, d_start, d_start_log
-        sizes, x, init, plan = prepare(
-            q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map
-        )
-        grads = backward(
-            sizes,
-            x,
-            init,
-            do,
-            split_init(sizes, d_final),
-            plan,
-            with_init_grad=carried is not None,
-            kept=Kept(save_every, kept, kept_sums) if save_every else None,
-        )
+        sizes, x, init, plan = prepare(inputs, lag, feature_map)
+        final_init = split_init(sizes, d_final)
+        with_init_grad = carried is not None
+        grads = backward(sizes, x, init, do, final_init, plan, with_init_grad=with_init_grad, kept=kept)
         d_rows, d_carried, d_start, d_start_log = _nothing(q, *[q.dtype] * 4)
         if rows is not None:
             if final is None and grads.final is not None:

@@ -7,6 +7,7 @@ made, so that everything in front of them stays with autograd.
 import importlib.util
 import os
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,6 +123,21 @@ def _needs_gradient(problem: ScanProblem, *others: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+class Inputs(NamedTuple):
+    """The tensors that both ops take, in their order. None: the problem has none."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rows: Tensor | None = None  # (B, G, T) float64: decays
+    query_doc: Tensor | None = None
+    key_doc: Tensor | None = None
+    carried_doc: Tensor | None = None
+    carried: Tensor | None = None  # (B, G, F, Dv)
+    start: Tensor | None = None  # (B, X, F, Dv)
+    start_log: Tensor | None = None  # (B, G, T) float64: decay of `start`
+
+
 @torch.library.custom_op("scan_kernels::fused_fwd", mutates_args=())
 def fused_fwd(
     q: Tensor,
@@ -143,32 +159,18 @@ def fused_fwd(
 
     With save_every the states before every so many chunks (kernels/border_states.py) and, in fp32, the sums of their
     values: outputs, so that activation checkpointing keeps or recomputes them with o. Otherwise empty tensors.
-    rows (B, G, T) float64: decays; carried (B, G, F, Dv); start (B, X, F, Dv), its decay start_log (B, G, T) float64.
     """
     from scan_kernels import fused
 
-    return fused.solve(
-        q,
-        k,
-        v,
-        rows,
-        query_doc,
-        key_doc,
-        carried_doc,
-        carried,
-        start,
-        start_log,
-        lag,
-        feature_map,
-        with_final,
-        save_every,
-    )
+    inputs = Inputs(q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log)
+    return fused.solve(inputs, lag, feature_map, with_final, save_every)
 
 
 @fused_fwd.register_fake
-def _(
-    q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log, lag, feature_map, with_final, save_every
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = Inputs(*arguments[:10])
+    _, feature_map, with_final, save_every = arguments[10:]
+    q, k, v = inputs[:3]
     o = q.new_empty(*q.shape[:3], v.shape[3])
     B, G, F, Dv = q.shape[0], k.shape[2], feature_dim(feature_map, q.shape[3]), v.shape[3]
     final = q.new_empty((B, G, F, Dv) if with_final else (0,), dtype=torch.float32)
@@ -180,7 +182,7 @@ def _(
     if save_every:
         from scan_kernels import fused
 
-        rows_kept = fused.rows_kept(q, v, rows, start, save_every)
+        rows_kept = fused.rows_kept(inputs, save_every)
         kept_shape, kept_sums_shape = (B * G, rows_kept, F, Dv), (B * G, rows_kept, Dv)
     return o, final, q.new_empty(kept_shape, dtype=compute), q.new_empty(kept_sums_shape, dtype=torch.float32)
 
@@ -212,52 +214,18 @@ def fused_bwd(
     """
     from scan_kernels import fused
 
-    return fused.solve_bwd(
-        do,
-        d_final,
-        q,
-        k,
-        v,
-        rows,
-        query_doc,
-        key_doc,
-        carried_doc,
-        carried,
-        start,
-        start_log,
-        final,
-        kept,
-        kept_sums,
-        lag,
-        feature_map,
-        save_every,
-    )
+    inputs = Inputs(q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log)
+    return fused.solve_bwd(do, d_final, inputs, final, kept, kept_sums, lag, feature_map, save_every)
 
 
 @fused_bwd.register_fake
-def _(
-    do,
-    d_final,
-    q,
-    k,
-    v,
-    rows,
-    query_doc,
-    key_doc,
-    carried_doc,
-    carried,
-    start,
-    start_log,
-    final,
-    kept,
-    kept_sums,
-    lag,
-    feature_map,
-    save_every,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like(x: Tensor | None) -> Tensor:
-        return q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+def _(do, d_final, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = Inputs(*arguments[:10])
 
+    def like(x: Tensor | None) -> Tensor:
+        return inputs.q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    q, k, v, rows, *_, carried, start, start_log = inputs
     return like(q), like(k), like(v), like(rows), like(carried), like(start), like(start_log)
 
 
@@ -266,16 +234,16 @@ def _setup_context(ctx, inputs, output) -> None:
     _, final, kept, kept_sums = output
     ctx.mark_non_differentiable(kept, kept_sums)
     ctx.set_materialize_grads(False)
-    saved = (final if ctx.with_final and inputs[3] is not None else None, kept, kept_sums)
-    ctx.save_for_backward(*inputs[:10], *(saved if ctx.save_every else (None, None, None)))
+    tensors = Inputs(*inputs[:10])
+    saved = (final if ctx.with_final and tensors.rows is not None else None, kept, kept_sums)
+    ctx.save_for_backward(*tensors, *(saved if ctx.save_every else (None, None, None)))
 
 
 def _backward(ctx, do: Tensor | None, d_final: Tensor | None, _kept: None, _kept_sums: None):
     saved = ctx.saved_tensors
-    inputs = saved[:10]
+    inputs = Inputs(*saved[:10])
     if do is None:
-        q, v = inputs[0], inputs[2]
-        do = q.new_zeros(*q.shape[:3], v.shape[3])
+        do = inputs.q.new_zeros(*inputs.q.shape[:3], inputs.v.shape[3])
     if not ctx.with_final:
         d_final = None
     grads = fused_bwd(do, d_final, *saved, ctx.lag, ctx.feature_map, ctx.save_every)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from scan_kernels import fused
 from scan_kernels.feature_maps import feature_dim
-from scan_kernels.fused_ops import value_columns
+from scan_kernels.fused_ops import Inputs, value_columns
 from scan_kernels.kernels.configs import Plan
 from scan_kernels.kernels.launch import Launch
 
@@ -95,29 +95,25 @@ class Case:
         rows = empty(B, G, T, dtype=torch.float64) if "decay" in has else None
         ids = empty(B, T, dtype=torch.int32) if "documents" in has else None  # as the trainer makes them
         start = empty(B, G, F, DV, dtype=torch.float32) if "start" in has else None
-        sizes, x, init, plan = fused.prepare(
+        inputs = Inputs(
             q,
             k,
             v,
-            rows,
-            ids,
-            ids,
-            None if ids is None else ids[:, 0],
-            None,
-            start,
-            rows if start is not None else None,
-            513,
-            self.feature_map,
-            capability=self.capability,
-            plan=self.plan,
+            rows=rows,
+            query_doc=ids,
+            key_doc=ids,
+            carried_doc=None if ids is None else ids[:, 0],
+            start=start,
+            start_log=rows if start is not None else None,
         )
+        sizes, x, init, plan = fused.prepare(inputs, 513, self.feature_map, capability=self.capability, plan=self.plan)
         found: dict[tuple, Launch] = {}
 
         def collect(launch: Launch) -> None:
-            found.setdefault(
-                (_name(launch), launch.args.get("REVERSED"), "totals" in launch.args and launch.args["totals"] is None),
-                launch,
-            )
+            # A kernel with other outputs is another one.
+            args = launch.args
+            without = {name for name in ("states", "totals") if name in args and args[name] is None}
+            found.setdefault((_name(launch), args.get("REVERSED"), *sorted(without)), launch)
 
         with_final = "final" in has
         *_, kept = fused.forward(sizes, x, init, plan, with_final=with_final, save_every=2, run=collect)
@@ -137,7 +133,9 @@ def _measure(job: tuple[Case, int]) -> tuple[str, Resources | str]:
 
 
 def _name(launch: Launch) -> str:
-    return launch.kernel.fn.__name__.removesuffix("_kernel")
+    """Of the kernel, and of the direction where one kernel has both."""
+    name = launch.kernel.fn.__name__.removesuffix("_kernel")
+    return f"{name}_bwd" if launch.args.get("BACKWARD") else name
 
 
 def measure(

@@ -10,6 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from scan_kernels import fused
+from scan_kernels.fused_ops import Inputs
 from scan_kernels.kernels.launch import Launch
 from scan_kernels.kernels.tape import Tapes
 
@@ -140,11 +141,10 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def problem(documents: bool) -> list[Tensor | None]:
+def problem(documents: bool) -> Inputs:
     B, T, H, G, D = 2, 2100, 4, 2, 128
     ids = [empty(B, T, dtype=torch.int32), empty(B, T, dtype=torch.int32), empty(B, dtype=torch.int32)]
-    tensors = [empty(B, T, H, D), empty(B, T, G, D), empty(B, T, G, D), None, *(ids if documents else [None] * 3)]
-    return [*tensors, None, None, None]
+    return Inputs(empty(B, T, H, D), empty(B, T, G, D), empty(B, T, G, D), None, *(ids if documents else []))
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
@@ -173,12 +173,19 @@ def test_a_repeated_step_launches_what_the_first_one_did(monkeypatch, documents,
         """Kernels with their arguments, tensors as (name, shape, dtype)."""
         launched.clear()
         inputs = problem(documents)
-        o, _, kept, kept_sums = fused.solve(*inputs, 513, "softmax", False, save_every)
-        do = empty(*o.shape)
-        dq, dk, dv, *_ = fused.solve_bwd(do, None, *inputs, None, kept, kept_sums, 513, "softmax", save_every)
+        o, _, kept, kept_sums = fused.solve(inputs, 513, "softmax", False, save_every)
+        do, states = empty(*o.shape), (kept, kept_sums) if save_every else (None, None)
+        dq, dk, dv, *_ = fused.solve_bwd(do, None, inputs, None, *states, 513, "softmax", save_every)
         assert [x.shape for x in (o, dq, dk, dv)] == [inputs[i].shape for i in (0, 0, 1, 2)]
-        known = dict(zip(["q", "k", "v", "rows", "query_doc", "key_doc", "carried_doc"], inputs, strict=False))
-        known |= {"do": do, "o": o, "dq": dq, "dk": dk, "dv": dv, "kept": kept, "kept_sums": kept_sums}
+        known = inputs._asdict() | {
+            "do": do,
+            "o": o,
+            "dq": dq,
+            "dk": dk,
+            "dv": dv,
+            "kept": kept,
+            "kept_sums": kept_sums,
+        }
         names = {id(x): name for name, x in known.items() if x is not None}
         return [
             (kernel, [(names.get(id(x)), x.shape, x.dtype) if isinstance(x, Tensor) else x for x in arguments])
