@@ -255,6 +255,13 @@ def _hopper_backward(
     run,
 ) -> Gradients:
     do = do if do.is_meta else _rows_of_16_bytes(do)
+    dq, dk, dv = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for like in (x.q, x.k, x.v))
+    last = launch_hopper_state_bwd(sizes, x, do, plan.state_bwd)
+    logs = last.args["logs"]
+    behind, d_init = scan_states(sizes, last, final_init, backward=True, with_final=with_init_grad, run=run)
+    run(launch_hopper_dkv(sizes, x, behind, do, logs, dk, dv, plan.dkv))
+    # The states behind the chunks make room for those in front of them.
+    del last, behind
     if kept is None:
         made, _ = _hopper_states(sizes, x, init, plan, with_final=False, run=run)
         chunks = made.args["states"]
@@ -267,12 +274,7 @@ def _hopper_backward(
         run(first)
         chunks = first.args["states"]
         del first
-    dq, dk, dv = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for like in (x.q, x.k, x.v))
-    run(launch_hopper_dq(sizes, x, chunks, do, dq, plan.dq))
-    del chunks
-    last = launch_hopper_state_bwd(sizes, x, do, plan.state_bwd)
-    behind, d_init = scan_states(sizes, last, final_init, backward=True, with_final=with_init_grad, run=run)
-    run(launch_hopper_dkv(sizes, x, behind, do, dk, dv, plan.dkv))
+    run(launch_hopper_dq(sizes, x, chunks, do, logs, dq, plan.dq))
     return Gradients(dq, dk, dv, None, None, None, d_init, None)
 
 

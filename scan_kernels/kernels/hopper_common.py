@@ -125,39 +125,75 @@ def store_tile(
 
 @gluon.jit
 def _softmax(x, SIGN):
-    """exp(SIGN x) over whole rows with its largest element at 1, and one over its sum."""
+    """exp(SIGN x) over whole rows with its largest element at 1, one over its sum, and log2 of the sum of exp(SIGN x)."""
     y = x.to(gl.float32) * SIGN
     top = gl.max(y, 1) * _LOG2E
     e = gl.exp2(y * _LOG2E - top[:, None])
-    return e, 1.0 / gl.sum(e, 1)
+    total = gl.sum(e, 1)
+    return e, 1.0 / total, top + gl.log2(total)
+
+
+@gluon.jit
+def feature_map_and_logs(x, SIGN, MAP: gl.constexpr, D: gl.constexpr):
+    """phi(SIGN x) of whole rows, fp32, and for softmax, else 0, log2 of a row's sum of exp(SIGN x).
+
+    Softmax features come less their mean 1/D: see docs/kernels.md, Precision.
+    """
+    if MAP == _SOFTMAX:
+        e, share, logs = _softmax(x, SIGN)
+        y = e * share[:, None] - 1.0 / D
+    else:
+        y = x.to(gl.float32) * SIGN
+        if MAP == _RELU:
+            y = gl.where(y != y, y, gl.maximum(y, 0.0))
+        logs = gl.zeros_like(gl.sum(y, 1))
+    return y, logs
 
 
 @gluon.jit
 def feature_map(x, SIGN, MAP: gl.constexpr, D: gl.constexpr):
-    """phi(SIGN x) of whole rows, fp32; softmax features come less their mean 1/D: see docs/kernels.md, Precision."""
+    """phi(SIGN x) as `feature_map_and_logs` has it."""
+    phi, _ = feature_map_and_logs(x, SIGN, MAP, D)
+    return phi
+
+
+@gluon.jit
+def feature_map_of_logs(x, logs, SIGN, MAP: gl.constexpr, D: gl.constexpr):
+    """phi(SIGN x) by the logs of `feature_map_and_logs`: no row is searched or summed again."""
     if MAP == _SOFTMAX:
-        e, share = _softmax(x, SIGN)
-        y = e * share[:, None] - 1.0 / D
-    elif MAP == _RELU:
-        y = x.to(gl.float32) * SIGN
-        y = gl.where(y != y, y, gl.maximum(y, 0.0))
+        y = gl.exp2(x.to(gl.float32) * (SIGN * _LOG2E) - logs[:, None]) - 1.0 / D
     else:
-        y = x.to(gl.float32) * SIGN
+        y = feature_map(x, SIGN, MAP, D)
     return y
 
 
 @gluon.jit
-def feature_map_bwd(x, dphi, SIGN, MAP: gl.constexpr):
+def feature_map_bwd(x, dphi, SIGN, MAP: gl.constexpr, logs=None):
     """dx of phi(SIGN x). Any constant added to a row of dphi leaves softmax's dx as it is."""
     if MAP == _SOFTMAX:
-        e, share = _softmax(x, SIGN)
-        phi = e * share[:, None]
+        if logs is None:
+            e, share, _ = _softmax(x, SIGN)
+            phi = e * share[:, None]
+        else:
+            phi = gl.exp2(x.to(gl.float32) * (SIGN * _LOG2E) - logs[:, None])
         dx = phi * (dphi - gl.sum(phi * dphi, 1)[:, None])
     elif MAP == _RELU:
         dx = gl.where(x.to(gl.float32) * SIGN > 0, dphi, 0.0)
     else:
         dx = dphi
     return dx * SIGN
+
+
+@gluon.jit
+def load_logs(logs, head, rows, T, heads, MAP: gl.constexpr, PAIRED: gl.constexpr):
+    """The logs of the rows of head `head` of heads, for both halves of the features; zeros where the map has none."""
+    logs1 = (rows * 0).to(gl.float32)
+    logs2 = logs1
+    if MAP == _SOFTMAX:
+        logs1 = gl.load(logs + head * T + rows, mask=rows < T, other=0.0)
+        if PAIRED:
+            logs2 = gl.load(logs + (heads + head) * T + rows, mask=rows < T, other=0.0)
+    return logs1, logs2
 
 
 @gluon.jit

@@ -15,7 +15,9 @@ from scan_kernels.kernels.hopper_common import (
     copy_rows,
     feature_map,
     feature_map_bwd,
+    feature_map_of_logs,
     key_document,
+    load_logs,
     load_tile,
     rename,
     shared_layout,
@@ -67,15 +69,15 @@ def _wide_tile_layout(D):
 
 
 @gluon.jit
-def _map_queries(s_q, s_phi, SIGN, C: gl.constexpr, D: gl.constexpr, MAP: gl.constexpr):
+def _map_queries(s_q, s_phi, logs, SIGN, C: gl.constexpr, D: gl.constexpr, MAP: gl.constexpr):
     """phi(SIGN q) from q, both in shared memory."""
     query = s_q.load(tile_layout(C, D, WARPS))
-    s_phi.store(rename(feature_map(query, SIGN, MAP, D).to(gl.bfloat16), C, D))
+    s_phi.store(rename(feature_map_of_logs(query, logs, SIGN, MAP, D).to(gl.bfloat16), C, D))
 
 
 @gluon.jit
 def _add_head(
-    s_k1, s_k2, s_v, s_q, s_do, s_q1, s_q2, s_p, s_ds, d_value, dphi1, dphi2, pairs, r,
+    s_k1, s_k2, s_v, s_q, s_do, s_q1, s_q2, s_p, s_ds, d_value, dphi1, dphi2, pairs, r, logs1, logs2,
     HAS_NEXT: gl.constexpr, C: gl.constexpr, D: gl.constexpr, MAP: gl.constexpr, MEAN: gl.constexpr,
     PAIRED: gl.constexpr,
 ):  # fmt: skip
@@ -89,7 +91,7 @@ def _add_head(
         scores = warpgroup_mma(s_k2, s_q2.index(now).permute([1, 0]), scores, is_async=True)
     d_scores = warpgroup_mma(s_v, s_do.permute([1, 0]), zeros, use_acc=False, is_async=True)
     if HAS_NEXT:
-        _map_queries(s_q.index(then), s_q1.index(then), 1.0, C, D, MAP)
+        _map_queries(s_q.index(then), s_q1.index(then), logs1, 1.0, C, D, MAP)
     scores, d_scores = warpgroup_mma_wait(0, deps=[scores, d_scores])
     if MAP == _SOFTMAX:
         scores = scores + MEAN
@@ -101,7 +103,7 @@ def _add_head(
     if PAIRED:
         dphi2 = warpgroup_mma(s_ds, s_q2.index(now), dphi2, is_async=True)
         if HAS_NEXT:
-            _map_queries(s_q.index(then), s_q2.index(then), -1.0, C, D, MAP)
+            _map_queries(s_q.index(then), s_q2.index(then), logs2, -1.0, C, D, MAP)
         d_value, dphi1, dphi2 = warpgroup_mma_wait(0, deps=[d_value, dphi1, dphi2])
     else:
         d_value, dphi1 = warpgroup_mma_wait(0, deps=[d_value, dphi1])
@@ -110,7 +112,7 @@ def _add_head(
 
 @gluon.jit
 def hopper_dkv_kernel(
-    q, k, v, do, dk, dv, query_doc, key_doc, carried_doc, states, sums, factors, carry, carry_sums,
+    q, k, v, do, dk, dv, query_doc, key_doc, carried_doc, states, sums, factors, carry, carry_sums, logs,
     q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh, qdoc_sb, qdoc_st, doc_sb, doc_st,
     T, M, lag, N, G, SEGMENT,
     R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr,
@@ -161,7 +163,14 @@ def hopper_dkv_kernel(
             p_carry_sums = carry_sums + border * D + o_m
             if HAS_DOCS:
                 factor = gl.load(factors + bg * N + n)
-        state, before = gl.load(p_state), gl.load(p_carry)
+        # All of them before anything waits for one.
+        state1, before1 = gl.load(p_state), gl.load(p_carry)
+        state2, before2 = state1, before1
+        if PAIRED:
+            state2, before2 = gl.load(p_state + D * D), gl.load(p_carry + D * D)
+        t_row = n * C + gl.arange(0, C, gl.SliceLayout(1, TILE))
+        heads = gl.num_programs(1).to(gl.int64) * R
+        logs1, logs2 = load_logs(logs, bg * R, t_row, T, heads, MAP, PAIRED)
         if MAP == _SOFTMAX:
             mean = MEAN * add_carry(gl.load(p_sums), gl.load(p_carry_sums), factor, HAS_CARRY, HAS_DOCS)
             s_mean = gl.allocate_shared_memory(gl.float32, [D], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -169,14 +178,13 @@ def hopper_dkv_kernel(
         s_k1 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
         s_k1.store(rename(feature_map(key, 1.0, MAP, D).to(gl.bfloat16), C, D))
         s_e1 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
-        s_e1.store(rename(add_carry(state, before, factor, HAS_CARRY, HAS_DOCS), D, D))
+        s_e1.store(rename(add_carry(state1, before1, factor, HAS_CARRY, HAS_DOCS), D, D))
         s_e2, s_k2 = s_e1, s_k1
         if PAIRED:
-            state, before = gl.load(p_state + D * D), gl.load(p_carry + D * D)
             s_k2 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
             s_k2.store(rename(feature_map(key, -1.0, MAP, D).to(gl.bfloat16), C, D))
             s_e2 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
-            s_e2.store(rename(add_carry(state, before, factor, HAS_CARRY, HAS_DOCS), D, D))
+            s_e2.store(rename(add_carry(state2, before2, factor, HAS_CARRY, HAS_DOCS), D, D))
         async_copy.wait_group(0)
         fence_async_shared()
         zeros = gl.zeros([C, D], gl.float32, ACC)
@@ -202,10 +210,11 @@ def hopper_dkv_kernel(
             s_q2 = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
         s_p = gl.allocate_shared_memory(gl.bfloat16, [C, C], shared_layout(C))
         s_ds = gl.allocate_shared_memory(gl.bfloat16, [C, C], shared_layout(C))
-        _map_queries(s_q.index(0), s_q1.index(0), 1.0, C, D, MAP)
+        _map_queries(s_q.index(0), s_q1.index(0), logs1, 1.0, C, D, MAP)
         if PAIRED:
-            _map_queries(s_q.index(0), s_q2.index(0), -1.0, C, D, MAP)
+            _map_queries(s_q.index(0), s_q2.index(0), logs2, -1.0, C, D, MAP)
         for r in range(0, R - 1):
+            logs1, logs2 = load_logs(logs, bg * R + r + 1, t_row, T, heads, MAP, PAIRED)
             async_copy.wait_group(0)
             copy_rows(s_do.index((r + 1) % 2), do + (r + 1) * do_sh, do_st, n * C, 0, T, C, D, WARPS)
             # The last round copies nothing: its bounds are empty.
@@ -213,12 +222,12 @@ def hopper_dkv_kernel(
             async_copy.commit_group()
             d_value, dphi1, dphi2 = _add_head(
                 s_k1, s_k2, s_v, s_q, s_do.index(r % 2), s_q1, s_q2, s_p, s_ds, d_value, dphi1, dphi2, pairs, r,
-                True, C, D, MAP, MEAN, PAIRED,
+                logs1, logs2, True, C, D, MAP, MEAN, PAIRED,
             )  # fmt: skip
         async_copy.wait_group(0)
         d_value, dphi1, dphi2 = _add_head(
             s_k1, s_k2, s_v, s_q, s_do.index((R - 1) % 2), s_q1, s_q2, s_p, s_ds, d_value, dphi1, dphi2, pairs, R - 1,
-            False, C, D, MAP, MEAN, PAIRED,
+            logs1, logs2, False, C, D, MAP, MEAN, PAIRED,
         )  # fmt: skip
 
         # Rows behind the last query hold keys that none of them reads.
@@ -238,7 +247,7 @@ def hopper_dkv_kernel(
 
 
 def launch_hopper_dkv(
-    sizes: Sizes, x: Tensors, states: States, do: Tensor, dk: Tensor, dv: Tensor, config: Config
+    sizes: Sizes, x: Tensors, states: States, do: Tensor, logs: Tensor | None, dk: Tensor, dv: Tensor, config: Config
 ) -> Launch:
     """Writes dk, dv of all M keys."""
     args = {
@@ -255,6 +264,7 @@ def launch_hopper_dkv(
         "M": sizes.M,
         "SEGMENT": sizes.segment,
         "HAS_CARRY": states.carry is not None,
+        "logs": logs,
     }
     chunks_with_keys = -(-(sizes.M + sizes.lag) // sizes.chunk)
     return Launch(hopper_dkv_kernel, (chunks_with_keys, sizes.B * sizes.G), args, config.options)

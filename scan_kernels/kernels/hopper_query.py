@@ -17,6 +17,7 @@ from scan_kernels.kernels.hopper_common import (
     feature_map_bwd,
     is_bad,
     key_document,
+    load_logs,
     load_tile,
     operand_layout,
     product_layout,
@@ -158,7 +159,7 @@ def hopper_output_kernel(
 
 @gluon.jit
 def hopper_dq_kernel(
-    q, k, v, do, dq, query_doc, key_doc, carried_doc, states,
+    q, k, v, do, dq, query_doc, key_doc, carried_doc, states, logs,
     q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh, qdoc_sb, qdoc_st, doc_sb, doc_st,
     T, lag, N, G,
     R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr, HAS_DOCS: gl.constexpr,
@@ -196,11 +197,14 @@ def hopper_dq_kernel(
     )
     q += b * q_sb + g * R * q_sh
     dq += (b * T * G * R + g * R) * D
+    t_row = n * C + gl.arange(0, C, gl.SliceLayout(1, TILE))
+    heads = gl.num_programs(1).to(gl.int64) * R
     async_copy.wait_group(0)
     fence_async_shared()
     for r in range(0, R):
         b_do = gl.convert_layout(rename(d_out.to(gl.bfloat16), C, D), LEFT)
         query = load_tile(q + r * q_sh, q_st, n * C, 0, T, C, D, TILE, gl.int64)
+        logs1, logs2 = load_logs(logs, bg * R + r, t_row, T, heads, MAP, PAIRED)
         d_scores = warpgroup_mma(
             b_do, s_v.permute([1, 0]), gl.zeros([C, C], gl.float32, SCORES), use_acc=False, is_async=True
         )
@@ -215,7 +219,7 @@ def hopper_dq_kernel(
         dphi = warpgroup_mma(b_ds, s_k1, dphi, is_async=True)
         dphi = warpgroup_mma_wait(0, deps=[dphi])
         # Three tiles in fp32 are as many registers as there are: the first half waits in bf16.
-        d_query = feature_map_bwd(query, to_memory(dphi, C, D, TILE), 1.0, MAP).to(gl.bfloat16)
+        d_query = feature_map_bwd(query, to_memory(dphi, C, D, TILE), 1.0, MAP, logs1).to(gl.bfloat16)
         if PAIRED:
             dphi2 = warpgroup_mma(
                 b_do, s_s2.permute([1, 0]), gl.zeros([C, D], gl.float32, ACC), use_acc=False, is_async=True
@@ -225,7 +229,7 @@ def hopper_dq_kernel(
                 dphi2 = gl.where(reads[:, None], dphi2, 0.0)
             dphi2 = warpgroup_mma(b_ds, s_k2, dphi2, is_async=True)
             dphi2 = warpgroup_mma_wait(0, deps=[dphi2])
-            d_query = d_query.to(gl.float32) + feature_map_bwd(query, to_memory(dphi2, C, D, TILE), -1.0, MAP)
+            d_query = d_query.to(gl.float32) + feature_map_bwd(query, to_memory(dphi2, C, D, TILE), -1.0, MAP, logs2)
         d_out = load_tile(do + (r + 1) * do_sh, do_st, n * C, 0, gl.where(r + 1 < R, T, 0), C, D, TILE, gl.int64)
         if any_bad != 0:
             key = load_tile(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE)
@@ -241,8 +245,18 @@ def launch_hopper_output(sizes: Sizes, x: Tensors, states: States, o: Tensor, co
     return Launch(hopper_output_kernel, (sizes.N, sizes.B * sizes.G), args, config.options)
 
 
-def launch_hopper_dq(sizes: Sizes, x: Tensors, states: Tensor, do: Tensor, dq: Tensor, config: Config) -> Launch:
-    args = {"do": do, "dq": dq, "states": states, **rows_of(do, "do_sb do_st do_sh"), **chunk_args(sizes, x)}
+def launch_hopper_dq(
+    sizes: Sizes, x: Tensors, states: Tensor, do: Tensor, logs: Tensor | None, dq: Tensor, config: Config
+) -> Launch:
+    """Writes dq. logs: see `launch_hopper_state_bwd`."""
+    args = {
+        "do": do,
+        "dq": dq,
+        "logs": logs,
+        "states": states,
+        **rows_of(do, "do_sb do_st do_sh"),
+        **chunk_args(sizes, x),
+    }
     return Launch(hopper_dq_kernel, (sizes.N, sizes.B * sizes.G), args, config.options)
 
 

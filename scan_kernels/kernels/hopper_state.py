@@ -20,7 +20,7 @@ from scan_kernels.kernels.hopper_common import (
     _SOFTMAX,
     column_of,
     copy_rows,
-    feature_map,
+    feature_map_and_logs,
     key_document,
     product_layout,
     rename,
@@ -63,7 +63,7 @@ def _column_sums(tile, C: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def hopper_state_kernel(
-    x, y, query_doc, key_doc, carried_doc, states, value_sums, factors, totals, total_factors, carry, carry_sums,
+    x, y, query_doc, key_doc, carried_doc, states, value_sums, factors, totals, total_factors, carry, carry_sums, logs,
     x_sb, x_st, x_sh, y_sb, y_st, y_sh, qdoc_sb, qdoc_st, doc_sb, doc_st,
     T, lag, N, G, SEGMENT,
     R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr, BACKWARD: gl.constexpr,
@@ -80,6 +80,8 @@ def hopper_state_kernel(
     SIGN = gl.where(half == 0, 1.0, -1.0)
     x += b * x_sb + g * R * x_sh
     y += b * y_sb + g * R * y_sh
+    if logs is not None:
+        logs += (half * gl.num_programs(1).to(gl.int64) + bg) * R * T
     if HAS_DOCS:
         if BACKWARD:
             query_doc += b * qdoc_sb
@@ -132,7 +134,10 @@ def hopper_state_kernel(
             behind = key_document(key_doc, doc_st, carried, n * C + C - 1, lag, T)
         for i in gl.static_range(2):
             part = s_x.index(buffer).slice(i * C // 2, C // 2, dim=0)
-            phi = feature_map(part.load(READ), SIGN, MAP, D)
+            phi, row_logs = feature_map_and_logs(part.load(READ), SIGN, MAP, D)
+            if logs is not None:
+                t_row = n * C + i * C // 2 + o_c
+                gl.store(logs + r * T + t_row, row_logs, mask=t_row < T)
             if HAS_DOCS:
                 # Another document's NaN must not pass: its rows leave both factors of the product.
                 o_i = n * C + i * C // 2 + o_c
@@ -194,10 +199,16 @@ def launch_hopper_state_fwd(
 
 
 def launch_hopper_state_bwd(sizes: Sizes, x: Tensors, do: Tensor, config: Config) -> Launch:
-    """Both for queries and do, chunks reversed; the states as far as their segment made them."""
+    """Both for queries and do, chunks reversed; the states as far as their segment made them.
+
+    For softmax features also args["logs"], (halves, B, H, T) fp32: log2 of the sums of the queries' exponentials, by
+    which the later stages map them without going over their rows.
+    """
     args = _arguments(sizes, x) | _borders(sizes, x) | _totals(sizes, x)
     args |= {"x": x.q, "y": do, "query_doc": x.query_doc, "R": sizes.R, "BACKWARD": True}
     args |= {**_strides(x.q, "x"), **_strides(do, "y"), **strides(x.query_doc, "qdoc_sb qdoc_st")}
+    if sizes.feature_map == _SOFTMAX.value:
+        args["logs"] = x.q.new_empty(sizes.halves, sizes.B, sizes.H, sizes.T, dtype=torch.float32)
     if x.key_doc is not None:
         args["factors"] = x.k.new_empty(sizes.B * sizes.G, sizes.N, dtype=torch.float32)
     return Launch(hopper_state_kernel, _grid(sizes), args, _options(sizes, config))
@@ -212,7 +223,7 @@ def _keys(sizes: Sizes, x: Tensors) -> dict:
 
 
 def _arguments(sizes: Sizes, x: Tensors) -> dict:
-    names = ("states", "value_sums", "factors", "totals", "total_factors", "carry", "carry_sums")
+    names = ("states", "value_sums", "factors", "totals", "total_factors", "carry", "carry_sums", "logs")
     return {
         **dict.fromkeys(names),
         "key_doc": x.key_doc,
