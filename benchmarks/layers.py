@@ -26,20 +26,32 @@ from benchmarks.contenders import (
     softmax_reference,
 )
 from flexrattn import build_model_config, make_layers, resolve_flavor
-from flexrattn.masked_attention import Mask, MaskedAttention
+from flexrattn.masked_attention import KERNEL_OPTIONS, Mask, MaskedAttention, check_backend
 from score_mods import build_block_mask, causal, dense_mask, sliding_window
 
 
 def swa(windows: Sequence[int]) -> list[Contender]:
-    """The softmax branch over windows, as a layer runs it."""
-    return [*full_attention(), *(window_contender(f"Flex window {window}", window) for window in windows)]
+    """The softmax branch over windows, as a layer runs it, by each of its backends."""
+    backends = {"triton": "Flex", "flash": "Flex flash"}
+    return [
+        *full_attention(),
+        *(window_contender(f"{backends[b]} window {w}", w, backend=b) for w in windows for b in KERNEL_OPTIONS),
+    ]
 
 
-def window_contender(name: str, window: int) -> Contender:
+def _check_backend(backend: str, device: torch.device) -> None:
+    try:
+        check_backend(KERNEL_OPTIONS[backend], device)
+    except ValueError as error:
+        raise Unavailable(str(error)) from error
+
+
+def window_contender(name: str, window: int, *, backend: str = "triton") -> Contender:
     """`MaskedAttention` under a sliding window."""
 
     def prepare(shape: Shape, device: torch.device) -> Prepared:
-        inner = MaskedAttention.Config().build()
+        _check_backend(backend, device)
+        inner = MaskedAttention.Config(kernel_options=dict(KERNEL_OPTIONS[backend])).build()
         mask_mod = causal() if window >= shape.T else sliding_window(window)
         build = dense_mask if device.type == "cpu" else build_block_mask
         mask: Mask = build(mask_mod, q_len=shape.T, kv_len=shape.T, device=device)
@@ -54,7 +66,7 @@ def window_contender(name: str, window: int) -> Contender:
 
         return Prepared(forward=forward, reference=softmax_reference(window))
 
-    return Contender(name=name, prepare=prepare, ours=True, window=window)
+    return Contender(name=name, prepare=prepare, ours=backend == "triton", window=window)
 
 
 def rattention(window: int) -> list[Contender]:
@@ -63,10 +75,12 @@ def rattention(window: int) -> list[Contender]:
         *full_attention(),
         core_contender("rattention core", window, documents=False),
         core_contender("rattention core documents", window, documents=True),
+        core_contender("rattention core flash", window, documents=False, backend="flash"),
+        core_contender("rattention core documents flash", window, documents=True, backend="flash"),
     ]
 
 
-def core_contender(name: str, window: int, *, documents: bool) -> Contender:
+def core_contender(name: str, window: int, *, documents: bool, backend: str = "triton") -> Contender:
     """RMSNorm(softmax branch) + RMSNorm(linear branch) from q, k, v, by the layer's own modules, compiled.
 
     RoPE and the projections are left out: a layer of full attention has them, too. `documents` passes positions, of
@@ -74,7 +88,8 @@ def core_contender(name: str, window: int, *, documents: bool) -> Contender:
     """
 
     def prepare(shape: Shape, device: torch.device) -> Prepared:
-        model, attention = _local_layer(shape, window, device)
+        _check_backend(backend, device)
+        model, attention = _local_layer(shape, window, device, backend)
         attention.rope = None
         positions = torch.arange(shape.T, device=device).expand(shape.B, shape.T) if documents else None
         if positions is not None:
@@ -96,14 +111,14 @@ def core_contender(name: str, window: int, *, documents: bool) -> Contender:
 
         return Prepared(forward=forward, reference=_core_reference(window), parameters=weights)
 
-    return Contender(name=name, prepare=prepare, ours=True, window=window)
+    return Contender(name=name, prepare=prepare, ours=backend == "triton", window=window)
 
 
-def _local_layer(shape: Shape, window: int, device: torch.device) -> tuple[Any, Any]:
+def _local_layer(shape: Shape, window: int, device: torch.device, backend: str) -> tuple[Any, Any]:
     """A model of one local layer with `shape`'s heads, and that layer."""
     sizes = {"dim": 64, "ffn_dim": 64, "vocab_size": 16, "n_layers": 1, "max_seq_len": shape.T}
     heads = {"n_heads": shape.H, "n_kv_heads": shape.G, "head_dim": shape.D}
-    layers = make_layers(layer_kind="rattention", window=window, pattern=("local",))
+    layers = make_layers(layer_kind="rattention", window=window, pattern=("local",), softmax_backend=backend)
     with torch.device(device):
         model = build_model_config(resolve_flavor("debug", sizes | heads), layers).build()
     attention = model.layers["0"].attention
@@ -169,6 +184,7 @@ def train_step(flavor: str, window: int) -> list[Contender]:
         stack_contender(f"{flavor} cuDNN full", flavor, inner=cudnn, op=CUDNN_OP),
         stack_contender(f"{flavor} Flex full", flavor),
         stack_contender(f"{flavor} rattention", flavor, window=window),
+        stack_contender(f"{flavor} rattention flash", flavor, window=window, backend="flash"),
     ]
 
 
@@ -179,6 +195,7 @@ def stack_contender(
     window: int | None = None,
     inner: CausalSdpa | None = None,
     op: str = "",
+    backend: str = "triton",
 ) -> Contender:
     """`Shape.layers` local blocks of a flavor on x (B, T, dim), each compiled by itself, as torchtitan does.
 
@@ -189,7 +206,8 @@ def stack_contender(
     def prepare(shape: Shape, device: torch.device) -> Prepared:
         if inner is None and window is None and device.type == "cpu":
             raise Unavailable("FlexAttention has no backward on the CPU")
-        model = _stack(flavor, window, shape, device)
+        _check_backend(backend, device)
+        model = _stack(flavor, window, shape, device, backend)
         blocks = [model.layers[str(i)] for i in range(shape.layers)]
         positions = torch.arange(shape.T, device=device).expand(shape.B, shape.T)
         masks: dict[str, Mask | None] = {blocks[0].attention.mask: None}
@@ -219,7 +237,7 @@ def stack_contender(
     return Contender(
         name=name,
         prepare=prepare,
-        ours=window is not None,
+        ours=window is not None and backend == "triton",
         baseline=window is None,
         window=window,
         op=op,
@@ -228,9 +246,9 @@ def stack_contender(
     )
 
 
-def _stack(flavor: str, window: int | None, shape: Shape, device: torch.device) -> Any:
+def _stack(flavor: str, window: int | None, shape: Shape, device: torch.device, backend: str) -> Any:
     kind = "full" if window is None else "rattention"
-    layers = make_layers(layer_kind=kind, window=window, pattern=("local",))
+    layers = make_layers(layer_kind=kind, window=window, pattern=("local",), softmax_backend=backend)
     # Embedding and head are not run.
     sizes = {"n_layers": shape.layers, "vocab_size": 16, "max_seq_len": shape.T}
     config = build_model_config(resolve_flavor(flavor, sizes), layers)

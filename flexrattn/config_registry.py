@@ -42,6 +42,7 @@ def rattention(
     learned_qk_scale: bool = False,
     scan_impl: str = "auto",
     scan_save_every: int | None = None,
+    softmax_backend: str = "triton",
     data: Literal["python_source", "local", "huggingface"] = "python_source",
     data_path: str | None = None,
     data_name: str | None = None,
@@ -53,7 +54,7 @@ def rattention(
 ) -> RAttentionTrainer.Config:
     """A local-global language model and its training run.
 
-    flavor, model: a size of flexrattn.flavors, and fields of it to replace. layer_kind ... scan_save_every: what the
+    flavor, model: a size of flexrattn.flavors, and fields of it to replace. layer_kind ... softmax_backend: what the
     layers compute (flexrattn.flavors.Layers). data: `python_source` is the Python installation's own source files
     (site_packages adds the installed packages'), `local` a .txt, .jsonl or folder at data_path, `huggingface` one of
     torchtitan's data sets by data_name. tokenizer: `bytes`, or `huggingface` for the tokenizer.json in hf_assets_path.
@@ -79,6 +80,7 @@ def rattention(
         learned_qk_scale=learned_qk_scale,
         scan_impl=scan_impl,
         scan_save_every=scan_save_every,
+        softmax_backend=softmax_backend,
     )
 
     def loader(split: Literal["train", "validation"]) -> Any:

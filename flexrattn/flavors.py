@@ -26,7 +26,7 @@ from flexrattn.attention import (
     ResidualLinearBranch,
 )
 from flexrattn.initializers import Normal
-from flexrattn.masked_attention import MaskedAttention
+from flexrattn.masked_attention import KERNEL_OPTIONS, MaskedAttention
 from flexrattn.model import Block, GatedFeedForward, MaskSpec, RAttentionModel
 from flexrattn.suggest import choose
 from scan_kernels import available_feature_maps
@@ -99,6 +99,7 @@ class Layers:
     of `window`, or causal). A linear branch reads what a plain window leaves out, so it goes with no other mask.
     branch_norm: the per-head norms before the sum; False is the paper's "no group norm" row.
     learned_initial_state, learned_qk_scale: the authors' options for the linear branch.
+    softmax_backend: which kernels FlexAttention makes of the masks, on a GPU: its own, or FlashAttention-4's.
     """
 
     kind: LayerKind
@@ -112,6 +113,7 @@ class Layers:
     learned_qk_scale: bool = False
     scan_impl: str = "auto"
     scan_save_every: int | None = None
+    softmax_backend: str = "triton"
 
 
 def make_layers(
@@ -129,6 +131,7 @@ def make_layers(
     learned_qk_scale: bool = False,
     scan_impl: str = "auto",
     scan_save_every: int | None = None,
+    softmax_backend: str = "triton",
 ) -> Layers:
     """Check a choice of layers and give it its types. ValueError says what was given and what would do."""
     kind = LayerKind(choose(layer_kind, [k.value for k in LayerKind], what="layer_kind"))
@@ -139,6 +142,7 @@ def make_layers(
     if kind is LayerKind.FULL and window is not None:
         raise ValueError(f"layer_kind 'full' has no window, got window {window}: leave it out or use 'swa'")
     choose(feature_map, available_feature_maps(), what="feature_map")
+    choose(softmax_backend, KERNEL_OPTIONS, what="softmax_backend")
     if not pattern or isinstance(pattern, str):
         raise ValueError(f"pattern must be a list of 'local' and 'global', got {pattern!r}")
     for entry in pattern:
@@ -163,6 +167,7 @@ def make_layers(
         learned_qk_scale=learned_qk_scale,
         scan_impl=scan_impl,
         scan_save_every=scan_save_every,
+        softmax_backend=softmax_backend,
     )
 
 
@@ -260,7 +265,7 @@ def _attention(size: Flavor, layers: Layers, *, local: bool, mask: str) -> RAtte
         wqkv_param_init=_linear_init(),
         wo_param_init=_linear_init(_residual_std(size)),
         qk_norm=_norm(size, size.head_dim) if size.qk_norm else None,
-        inner_attention=MaskedAttention.Config(),
+        inner_attention=MaskedAttention.Config(kernel_options=dict(KERNEL_OPTIONS[layers.softmax_backend])),
         rope=CosSinRoPE.Config(dim=size.head_dim, max_seq_len=size.max_seq_len, theta=size.rope_theta),
     )
     inherited = {f.name: getattr(gqa, f.name) for f in dataclasses.fields(gqa)}

@@ -6,7 +6,8 @@ torchtitan calls the same axes B, L, N, N, H.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +18,28 @@ from torchtitan.models.common.attention import FlexAttention
 
 # A mask for one attention kind: sparse blocks where a kernel uses them, a (B or 1, 1, T, T) boolean where not.
 Mask = BlockMask | torch.Tensor
+
+# FlexAttention's options by the backend that they ask for. `flash` makes CuTe kernels of the same masks and score mods by
+# way of the package flash-attn-4. Measured on an H200 under a window of 512 (docs/kernels.md): 1.2 to 1.5 times as fast;
+# its gradients are sums in no fixed order, so that two runs differ in their last bits.
+KERNEL_OPTIONS: dict[str, dict[str, str]] = {"triton": {}, "flash": {"BACKEND": "FLASH"}}
+
+
+def check_backend(kernel_options: Mapping[str, Any], device: torch.device) -> None:
+    """ValueError where the backend that `kernel_options` ask for cannot run."""
+    if kernel_options.get("BACKEND") != "FLASH":
+        return
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        raise ValueError(f"softmax_backend 'flash' needs a Hopper or newer GPU, this is {name}: use 'triton'")
+    try:
+        found = importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:
+        found = False
+    if not found:
+        raise ValueError(
+            "softmax_backend 'flash' needs the package flash-attn-4: pip install flash-attn-4, or use 'triton'"
+        )
 
 
 class MaskedAttention(FlexAttention):
@@ -59,6 +82,7 @@ class MaskedAttention(FlexAttention):
                 kernel_options=self.kernel_options or None,
             )
         else:
+            check_backend(self.kernel_options, q_BLNH.device)
             o_BHTD = F.scaled_dot_product_attention(
                 q_BHTD, k_BGTD, v_BGTD, attn_mask=attention_masks, scale=scale, enable_gqa=enable_gqa
             )

@@ -8,6 +8,8 @@ import torch
 from flexrattn import make_layers, resolve_flavor
 from flexrattn.attention import HeadRMSNorm
 from flexrattn.flavors import build_model_config
+from flexrattn.masked_attention import MaskedAttention
+from score_mods import build_block_mask, sliding_window
 from tests import paper
 from tests.closeness import relative_error
 
@@ -163,3 +165,21 @@ def test_layer_gradients_ignore_rows_before_the_window_fills():
     assert linear[-1][:, 6:].any()
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.parametrize(("backend", "asked_for"), [("triton", None), ("flash", {"BACKEND": "FLASH"})])
+def test_softmax_backend_reaches_flex_attention(backend, asked_for, monkeypatch):
+    seen = []
+
+    def attend(q, k, v, **options):
+        seen.append(options["kernel_options"])
+        return q
+
+    monkeypatch.setattr(MaskedAttention, "_static_flex", staticmethod(attend))
+    layers = make_layers(layer_kind="swa", window=4, softmax_backend=backend)
+    config = build_model_config(resolve_flavor("debug", {}), layers)
+    mask = build_block_mask(sliding_window(4), q_len=8, kv_len=8, device="cpu")
+    q, k = torch.zeros(1, 8, 4, 16), torch.zeros(1, 8, 2, 16)
+    for layer in config.layers:
+        layer.attention.inner_attention.build()(q, k, k, attention_masks=mask, enable_gqa=True)
+    assert seen == [asked_for] * len(config.layers)

@@ -29,6 +29,11 @@ MISTAKES = {
     "negative-window": ({"recipe_args": {"window": -1}}, "window must be an integer >= 0"),
     "swa-without-window": ({"recipe_args": {"layer_kind": "swa", "window": None}}, "'swa' needs a window"),
     "heads": ({"recipe_args": {"model": {"n_kv_heads": 3}}}, "n_heads must be a multiple of n_kv_heads"),
+    "softmax-backend": ({"recipe_args": {"softmax_backend": "flsh"}}, "did you mean 'flash'"),
+    "softmax-backend-on-cpu": (
+        {"recipe_args": {"softmax_backend": "flash"}},
+        "softmax_backend 'flash' needs a Hopper or newer GPU, this is cpu: use 'triton'",
+    ),
     "feature-map": ({"recipe_args": {"feature_map": "elu"}}, "unknown feature_map 'elu'"),
     "flavor": ({"recipe_args": {"flavor": "7b"}}, "unknown flavor '7b'"),
     "mask": ({"recipe_args": {"global_mask": "causl"}}, "did you mean 'causal'"),
