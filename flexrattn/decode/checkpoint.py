@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,14 +113,16 @@ def model_config(saved: dict[str, Any], *, source: str) -> RAttentionModel.Confi
             "scan_impl": residual["impl"],
             "scan_save_every": residual.get("save_every"),
         }
-    given: dict[str, Any] = {}
-    plain = build_model_config(size, Layers(**own))
-    if set(plain.masks) != set(masks) or any(plain.masks[key] != masks[key] for key in masks):
-        for name, kind in (("local_mask", "local"), ("global_mask", "global")):
-            keys = [a["mask"] for a, k in zip(attentions, patterns, strict=True) if k == kind]
-            if keys and keys[0] in masks and own["kind"] is not LayerKind.RATTENTION or kind == "global":
-                given[name] = masks.get(keys[0]) if keys else None
-    built = build_model_config(size, Layers(**own, **given)) if given else plain
+    try:
+        built = build_model_config(size, Layers(**own))
+    except ValueError:  # a kind without a mask of its own
+        built = None
+    if built is None or built.masks != masks:
+        keys = {kind: a["mask"] for a, kind in zip(attentions, patterns, strict=True)}
+        given = {f"{kind}_mask": masks.get(keys.get(kind, "")) for kind in ("local", "global")}
+        if own["kind"] is LayerKind.RATTENTION:
+            del given["local_mask"]
+        built = build_model_config(size, Layers(**own, **given))
     different = _difference(saved, json.loads(json.dumps(built.to_dict())))
     if different:
         raise ValueError(f"{source} describes a model that this version does not build: {different}")
@@ -198,7 +201,9 @@ def _read_dcp(folder: Path, wanted: dict[str, Tensor]) -> None:
     _check_same({name: tuple(x.size) for name, x in tensors.items()}, wanted, folder)
     # In the dtype in which they were saved, and cast afterwards: rounding happens once, here.
     saved = {name: torch.empty(x.shape, dtype=tensors[name].properties.dtype) for name, x in wanted.items()}
-    dcp.load(saved, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant: one process reads all
+        dcp.load(saved, storage_reader=reader, no_dist=True)
     for name, x in wanted.items():
         x.copy_(saved[name])
 
@@ -221,7 +226,7 @@ def _read_safetensors(path: Path, wanted: dict[str, Tensor]) -> None:
 
 def load_tokenizer(checkpoint: Checkpoint, given: str | None = None) -> BaseTokenizer:
     """The run's tokenizer, or `given`: "bytes" or a folder with tokenizer.json. ValueError where it is missing."""
-    recorded = checkpoint.config.get("tokenizer", {}).get("class")
+    recorded = (checkpoint.config.get("tokenizer") or {}).get("class")
     if given is None:
         if recorded is None:
             raise ValueError(

@@ -88,15 +88,17 @@ def sample(logits_BV: Tensor, rows: SamplingRows, position_B: Tensor, mode: Mode
         return likeliest_B
     scaled_BV = logits_BV.float() / rows.temperature_B.clamp(min=1e-6)[:, None]
     uniform_B1 = uniform(rows.seed_B, position_B)[:, None]
-    if mode is Mode.PLAIN:
-        drawn_B = _inverse_cdf(torch.softmax(scaled_BV, -1), uniform_B1)
-    else:
+    p_BV = torch.softmax(scaled_BV, -1)
+    if mode is Mode.FILTERED:
+        # Only which tokens stay is decided in order of likelihood, so that a row without filters draws as in PLAIN.
         ordered_BV, token_BV = scaled_BV.sort(dim=-1, descending=True, stable=True)
         rank_V = torch.arange(logits_BV.shape[-1], device=logits_BV.device)
         k_B1 = torch.where(rows.top_k_B > 0, rows.top_k_B, logits_BV.shape[-1])[:, None]
-        p_BV = torch.softmax(ordered_BV.masked_fill(rank_V >= k_B1, -torch.inf), -1)
-        kept_BV = (p_BV.cumsum(-1) - p_BV < rows.top_p_B[:, None]) & (rank_V < k_B1)
-        drawn_B = token_BV.gather(1, _inverse_cdf(torch.where(kept_BV, p_BV, 0.0), uniform_B1)[:, None])[:, 0]
+        top_BV = torch.softmax(ordered_BV.masked_fill(rank_V >= k_B1, -torch.inf), -1)
+        stays_BV = (top_BV.cumsum(-1) - top_BV < rows.top_p_B[:, None]) | (rows.top_p_B[:, None] >= 1)
+        stays_BV = stays_BV & (rank_V < k_B1)
+        p_BV = torch.where(torch.empty_like(stays_BV).scatter(1, token_BV, stays_BV), p_BV, 0.0)
+    drawn_B = _inverse_cdf(p_BV, uniform_B1)
     return torch.where(rows.temperature_B > 0, drawn_B, likeliest_B)
 
 
