@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ from flexrattn.decode.engine import EagerStepper, Engine
 from flexrattn.decode.sampling import Sampling
 from flexrattn.decode.text import TextStream
 from flexrattn.model import RAttentionModel
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IMPLS = ("auto", "torch", "triton")
@@ -51,10 +54,8 @@ class Generator:
     """A model with its tokenizer. `max_length` bounds prompt and new tokens together (default: the model's limit)."""
 
     def __init__(self, model: RAttentionModel, tokenizer: BaseTokenizer, *, impl: str = "auto"):
-        if impl not in IMPLS:
-            raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
         self.model, self.tokenizer = model, tokenizer
-        self.stepper = _stepper(model, impl)
+        self.stepper = choose_stepper(model, impl)
 
     @classmethod
     def load(
@@ -169,7 +170,23 @@ class Generator:
         return tokens
 
 
-def _stepper(model: RAttentionModel, impl: str) -> type[EagerStepper]:
+def choose_stepper(model: RAttentionModel, impl: str) -> type[EagerStepper]:
+    """How steps are computed. "auto" takes the CUDA graph where the kernels take the model, and says why not."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "torch":
+        return EagerStepper
+    weight = model.norm.weight
+    # Imported here: without a GPU nobody needs Triton.
+    from flexrattn.decode import fast
+
+    reason = fast.refusal(model.config, device=weight.device, dtype=weight.dtype)
+    if not reason:
+        return fast.GraphStepper if weight.device.type == "cuda" else fast.TritonStepper
+    if impl == "triton":
+        raise ValueError(f"impl 'triton' {reason}; impl 'torch' takes every model on every device")
+    if weight.device.type == "cuda":
+        logger.warning("decoding by torch operations, which is slow: the Triton step %s", reason)
     return EagerStepper
 
 

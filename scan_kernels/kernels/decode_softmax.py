@@ -172,7 +172,7 @@ def launch_decode_softmax_fwd(
         "k": k_BGSD,
         "v": v_BGSD,
         "length": length_B,
-        "active": active_B,
+        "active": active_B.view(torch.uint8),
         "partial": partial,
         "partial_max": partial_max,
         "partial_sum": partial_sum,

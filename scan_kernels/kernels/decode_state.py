@@ -96,10 +96,11 @@ def decode_state_fwd_kernel(
         p_k, p_v = k + bg * S * D, v + bg * S * DV
         before = tl.load(absorbed + b)
         stores = tl.load(absorbed_after + b) > before
-        # Python's range is int32 in a kernel; positions stay below 2^31.
-        for position in range(before.to(tl.int32), tl.where(runs, t - window, 0).to(tl.int32)):
-            slot = (position % S).to(tl.int64)
-            x = _ring_key(p_k, table, k_scale, position.to(tl.int64), slot, D)
+        pending = tl.where(runs, t - window - before, 0).to(tl.int32)
+        for i in range(0, pending):
+            position = before + i
+            slot = position % S
+            x = _ring_key(p_k, table, k_scale, position, slot, D)
             value = tl.load(p_v + slot * DV + o_v).to(tl.float32)
             b_s += _phi(x, MAP)[:, None] * value[None, :]
             if HALVES == 2:
@@ -177,7 +178,7 @@ def launch_decode_state_fwd(
         "k_scale": k_scale,
         "out": out,
         "length": length_B,
-        "active": active_B,
+        "active": active_B.view(torch.uint8),
         "absorbed": absorbed_B,
         "absorbed_after": absorbed_after_B,
         "S": 0 if window is None else k.shape[2],
