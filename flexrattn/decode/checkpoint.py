@@ -1,7 +1,7 @@
-"""A model for decoding from what training wrote (a DCP folder with its config.json) or from an exported one (safetensors).
+"""A model for decoding from what training wrote (a DCP folder and config.json), or from an exported one (safetensors).
 
-The run's config.json says what the model is; the model is built from it anew and must describe itself in the same words,
-so that weights are never read with another meaning.
+The run's config.json says what the model is; the model is built from it anew and must describe itself in the same
+words, so that weights are never read with another meaning.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def model_config(saved: dict[str, Any], *, source: str) -> RAttentionModel.Confi
         built = None
     if built is None or built.masks != masks:
         keys = {kind: a["mask"] for a, kind in zip(attentions, patterns, strict=True)}
-        given = {f"{kind}_mask": masks.get(keys.get(kind, "")) for kind in ("local", "global")}
+        given: dict[str, Any] = {f"{kind}_mask": masks.get(keys.get(kind, "")) for kind in ("local", "global")}
         if own["kind"] is LayerKind.RATTENTION:
             del given["local_mask"]
         built = build_model_config(size, Layers(**own, **given))

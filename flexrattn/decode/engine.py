@@ -79,6 +79,8 @@ class _Read:
 class EagerStepper:
     """`decode_step` and `sample` on the engine's tensors."""
 
+    fold_every = 1  # what it is fastest with
+
     def __init__(
         self, model: RAttentionModel, cache: DecodeCache, token_B: Tensor, active_B: Tensor, rows: SamplingRows
     ):
@@ -94,8 +96,10 @@ class Engine:
     """Generate for many requests at once. The results are those of running each alone.
 
     slots: requests that run at the same time; further ones queue. max_length: tokens of a request, its prompt included.
-    lag: steps after which the host reads tokens (default: 1 on a GPU, 0 on a CPU). prefill_chunk: the most prompt tokens
-    of one call. prefill_rows: the most prompts of one call; a GPU compiles a kernel for each shape, so its default is 1.
+    lag: steps after which the host reads tokens (default: 1 on a GPU, 0 on a CPU).
+    prefill_chunk, prefill_rows: the most prompt tokens and the most prompts of one call; a GPU compiles a kernel for each
+    shape, so that the default there is one prompt.
+    fold_every: keys that enter a linear branch's state at a time (default: the stepper's).
     stepper: `EagerStepper` by default; `flexrattn.decode.fast.GraphStepper` is one CUDA graph a step.
     """
 
@@ -105,7 +109,7 @@ class Engine:
         *,
         slots: int,
         max_length: int,
-        fold_every: int = 1,
+        fold_every: int | None = None,
         lag: int | None = None,
         prefill_chunk: int = 8192,
         prefill_rows: int | None = None,
@@ -122,7 +126,7 @@ class Engine:
             max_length=max_length,
             device=weight.device,
             dtype=weight.dtype,
-            fold_every=fold_every,
+            fold_every=stepper.fold_every if fold_every is None else fold_every,
         )
         self.lag = (1 if on_gpu else 0) if lag is None else lag
         self.prefill_chunk = prefill_chunk
@@ -164,14 +168,14 @@ class Engine:
         end_ids: Sequence[int] = (),
         stop: StopCondition | None = None,
     ) -> int:
-        """Queue a request; its id. ValueError: an empty or too long prompt, ids outside the vocabulary, no new tokens."""
+        """Queue a request; its id. ValueError: an empty or too long prompt, unknown ids, no new tokens."""
         prompt = [int(token) for token in prompt]
         if not prompt:
             raise ValueError("the prompt is empty: give at least one token")
         if len(prompt) >= self.cache.max_length:
             raise ValueError(
-                f"the prompt has {len(prompt)} tokens, the limit is {self.cache.max_length} with at least one new token: "
-                "shorten it or raise max_length"
+                f"the prompt has {len(prompt)} tokens, the limit is {self.cache.max_length} with at least one new "
+                "token: shorten it or raise max_length"
             )
         vocabulary = self.model.config.vocab_size
         if min(prompt) < 0 or max(prompt) >= vocabulary:
@@ -231,7 +235,7 @@ class Engine:
 
     def _admit(self) -> None:
         while self._queue and self.free_slots:
-            joining = []
+            joining: list[_Request] = []
             for slot, holder in enumerate(self._slots):
                 if holder is None and self._queue and len(joining) < self.prefill_rows:
                     request = self._queue.popleft()

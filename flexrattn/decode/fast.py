@@ -1,7 +1,8 @@
 """A step by Triton kernels, and on a GPU as one CUDA graph: sampling included, and nothing for the host to wait for.
 
-Ten launches a layer: norm, the q, k, v product, heads (norms, rotation, the cache's new key), the softmax branch over the
-ring, the linear branch, their sum, the output product, norm, and the feed-forward's two products with the gate between.
+Eleven launches a layer: norm, the q, k, v product, heads (norms, rotation, the cache's new key), the softmax branch
+over the ring, the linear branch, their sum, the output product, norm, and the feed-forward's two products with the gate
+between.
 q, k, v and gate, up are one product each: their weights are moved behind one another, and the modules keep views.
 
 Letters: B rows, W model width, the others as in cache.py.
@@ -219,6 +220,9 @@ class TritonStep:
 
 class TritonStepper(EagerStepper):
     """`TritonStep` and `sample` on the engine's tensors, launched one by one."""
+
+    # A state is written once in so many steps; the ring is longer by as many keys less one.
+    fold_every = 8
 
     def __init__(
         self, model: RAttentionModel, cache: DecodeCache, token_B: Tensor, active_B: Tensor, rows: SamplingRows

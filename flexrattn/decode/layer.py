@@ -89,7 +89,7 @@ def attend(
     clock: Clock,
     fold_every: int,
 ) -> Tensor:
-    """One token's attention, from q, k (after qk-norm, before RoPE) and v to what `wo` takes; the cache takes them in."""
+    """One token's attention, from q, k (after qk-norm, before RoPE) and v to what `wo` takes. The cache takes it in."""
     spec = layer.spec
     branches = []
     if spec.softmax:

@@ -13,6 +13,7 @@ Letters: N rows of the call, T tokens of the chunk, S cached slots, M = S + T, t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,22 @@ def prefill(
     Raises ValueError: shapes, rows or counts that do not fit, positions that do not go on, no room in the cache.
     """
     chunk = _check(cache, token_NT, rows, counts, positions)
+    with _every_shape_compiled(cache.device):
+        return _prefill(model, cache, token_NT, chunk, all_logits)
+
+
+# FlexAttention is compiled once for each shape of a prompt. Past dynamo's limit of 8 it would go on in eager mode, and
+# compute all scores.
+_SHAPES = {"automatic_dynamic_shapes": False, "recompile_limit": 256, "accumulated_recompile_limit": 4096}
+
+
+def _every_shape_compiled(device: torch.device) -> AbstractContextManager:
+    if device.type == "cpu":
+        return nullcontext()
+    return torch._dynamo.config.patch({name: x for name, x in _SHAPES.items() if hasattr(torch._dynamo.config, name)})
+
+
+def _prefill(model: RAttentionModel, cache: DecodeCache, token_NT: Tensor, chunk: _Chunk, all_logits: bool) -> Tensor:
     masks: dict[tuple[int | None, int, MaskMod | None], Mask] = {}
     h_NTD = model.tok_embeddings(token_NT)
     for block, layer in zip(model.layers.values(), cache.layers, strict=True):
@@ -119,7 +136,7 @@ def _check(
         packed = True
     document_NT = document_ids_from_positions(position_NT)
     last_N1 = (count_N - 1)[:, None]
-    # What follows a row's last token is of its document, whatever its position: the state behind the chunk is asked for.
+    # What follows a row's last token is of its document: the state behind the chunk is asked for.
     document_NT = torch.where(real_NT, document_NT, document_NT.gather(1, last_N1))
     length_N = position_NT.gather(1, last_N1)[:, 0] + 1
     if int(length_N.max()) > cache.max_length:
@@ -140,7 +157,7 @@ def _check(
 
 
 def _mask(spec: LayerSpec, slots: int, chunk: _Chunk) -> Mask:
-    """Which of [cached keys, chunk] the chunk's queries read. Plain sequences get the layer's own mask, which is cached."""
+    """Which of [cached keys, chunk] the chunk's queries read. A plain sequence has the layer's own mask."""
     N, T = chunk.position_NT.shape
     device = chunk.position_NT.device
     build = dense_mask if device.type == "cpu" else build_block_mask

@@ -156,7 +156,7 @@ def launch_decode_softmax_fwd(
     window: int | None,
     scale: float,
     splits: int,
-    block_s: int = 64,
+    block_s: int | None = None,
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> tuple[Launch, Tensor, Tensor, Tensor]:
@@ -164,6 +164,9 @@ def launch_decode_softmax_fwd(
     B, H, D = q_BHD.shape
     G, S = k_BGSD.shape[1:3]
     R = H // G
+    if block_s is None:
+        # A tile of keys or of values is 16 KiB: three stages of both fit into the shared memory of every GPU.
+        block_s = max(16, min(64, 16384 // (D * k_BGSD.element_size())))
     partial = torch.empty(B, G, splits, R, D, dtype=torch.float32, device=q_BHD.device)
     partial_max = torch.empty(B, G, splits, R, dtype=torch.float32, device=q_BHD.device)
     partial_sum = torch.empty_like(partial_max)

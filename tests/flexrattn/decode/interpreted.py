@@ -5,10 +5,15 @@ fp32 throughout: the interpreter computes products of half precision wrongly.
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
-from flexrattn.decode import DecodeCache, decode_step, prefill
+from benchmarks import decode as benchmark
+from flexrattn.decode import DecodeCache, decode_step, fast, prefill
 from flexrattn.decode.engine import EagerStepper, Engine
 from flexrattn.decode.fast import TritonStep, TritonStepper
 from flexrattn.decode.sampling import Sampling
@@ -23,7 +28,7 @@ KINDS = {
     "linear only": {"window": None, "learned_qk_scale": True},
     "options": {"learned_initial_state": True, "learned_qk_scale": True, "fold_every": 2},
     "no norms": {"branch_norm": False, "model": {"qk_norm": False, "activation": "gelu", "n_kv_heads": 1}},
-    "swa": {"layer_kind": "swa", "window": 70},
+    "swa": {"layer_kind": "swa", "window": 33},
     "full": {"layer_kind": "full", "window": None, "pattern": ["local"]},
 }
 
@@ -42,11 +47,11 @@ def test_steps_are_the_torch_steps(kind):
     fold_every = options.pop("fold_every", 1)
     model = build(dtype=torch.float32, **options)
     expected_cache, cache = caches(model, 3, fold_every=fold_every)
-    prompt, counts = random_tokens(3, 80), [80, 3, 6]
+    prompt, counts = random_tokens(3, 40), [40, 3, 6]
     for each in (expected_cache, cache):
         prefill(model, each, prompt, rows=[0, 1, 2], counts=counts)
     step = TritonStep(model, cache, multiprocessors=5)
-    for i in range(6):
+    for i in range(5):
         token, active = random_tokens(3, seed=10 + i), torch.tensor([True, True, i % 2 == 0])
         expected = decode_step(model, expected_cache, token, active)
         got = step(token, active)
@@ -79,3 +84,24 @@ def test_the_engine_draws_the_same():
             engine.add(random_tokens(n, seed=n).tolist(), max_new_tokens=5, sampling=Sampling(temperature=1.0, seed=i))
         results.append(engine.run())
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("arm", ["RAttention-7", "SWA-9", "full, ours", "full, library"])
+def test_the_benchmarks_gate(arm, monkeypatch):
+    """It passes what is right, and sees a key of the window that is not read."""
+    monkeypatch.setattr(benchmark, "GATE_SLOTS", 40)
+    monkeypatch.setitem(benchmark.LIBRARY, "math", benchmark._sdpa(SDPBackend.MATH))
+    (chosen,) = [each for each in benchmark.arms(7, 9) if each.name == arm]
+    options = SimpleNamespace(flavor="debug", seed=0, fold_every=2)
+    cpu = torch.device("cpu")
+    tolerance = benchmark.TOLERANCE[torch.float32]
+    assert benchmark.gate(chosen, options, cpu, torch.float32, "math") < tolerance
+    if not chosen.library:
+        right = fast.make_clock
+
+        def early(cache, active):
+            clock = right(cache, active)
+            return dataclasses.replace(clock, position_B=clock.position_B + 1)
+
+        monkeypatch.setattr(fast, "make_clock", early)
+        assert not benchmark.gate(chosen, options, cpu, torch.float32, "math") < tolerance

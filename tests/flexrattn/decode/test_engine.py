@@ -18,7 +18,7 @@ from tests.flexrattn.decode.models import VOCAB, build, full_forward, random_tok
 
 
 def requests(n: int, seed: int = 0, longest: int = 20):
-    """(prompt, max_new_tokens, sampling) of random lengths; a third each greedy, with temperature, with top-k and top-p."""
+    """(prompt, max_new_tokens, sampling) of random lengths, drawn in three ways."""
     rng = random.Random(seed)
     kinds = ({}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 9, "top_p": 0.8})
     made = []
