@@ -97,8 +97,8 @@ class Engine:
 
     slots: requests that run at the same time; further ones queue. max_length: tokens of a request, its prompt included.
     lag: steps after which the host reads tokens (default: 1 on a GPU, 0 on a CPU).
-    prefill_chunk, prefill_rows: the most prompt tokens and the most prompts of one call; a GPU compiles a kernel for each
-    shape, so that the default there is one prompt.
+    prefill_chunk, prefill_rows: the most prompt tokens and the most prompts of one call; a GPU compiles a kernel for
+    each shape, so that the default there is one prompt.
     fold_every: keys that enter a linear branch's state at a time (default: the stepper's).
     stepper: `EagerStepper` by default; `flexrattn.decode.fast.GraphStepper` is one CUDA graph a step.
     """
