@@ -115,7 +115,7 @@ def _write(layer: LayerCache, k_B1GD: Tensor, v_B1GD: Tensor, clock: Clock) -> N
     active = clock.active_B[:, None, None]
     for cached, new in ((layer.k_BGSD, k_B1GD), (layer.v_BGSD, v_B1GD)):
         assert cached is not None
-        # A row that rests keeps what its slot holds: the key there may not have been folded yet.
+        # A row that rests may be full: its next slot is that of its first key.
         cached[row_B, :, slot_B] = torch.where(active, new[:, 0].to(cached.dtype), cached[row_B, :, slot_B])
 
 

@@ -173,13 +173,29 @@ def test_documents_in_rows_of_different_lengths():
     model = build(learned_initial_state=True)
     tokens = random_tokens(2, 30)
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ([9, 21], [4, 3, 23])])
-    counts = [30, 11]
+    counts = [30, 16]  # the second row's last document goes on where other ones start behind its end
+    positions[1, 20:] = torch.arange(10)
     cache = new_cache(model, rows=2)
     got = prefill(model, cache, tokens, rows=[0, 1], counts=counts, positions=positions)
+    assert cache.lengths_B.tolist() == [21, 9]
+    more = random_tokens(2, seed=9)
+    after = decode_step(model, cache, more)
     for i, n in enumerate(counts):
-        expected = full_forward(model, tokens[i : i + 1, :n], positions[i : i + 1, :n])[0, -1]
-        assert relative_error(got[i], expected) < TOLERANCE
-    assert cache.lengths_B.tolist() == [21, 4]
+        row, at = tokens[i : i + 1, :n], positions[i : i + 1, :n]
+        assert relative_error(got[i], full_forward(model, row, at)[0, -1]) < TOLERANCE
+        row, at = torch.cat((row, more[i].view(1, 1)), dim=1), torch.cat((at, at[:, -1:] + 1), dim=1)
+        assert relative_error(after[i], full_forward(model, row, at)[0, -1]) < TOLERANCE
+
+
+def test_a_full_row_can_rest():
+    model = build()
+    cache = new_cache(model, rows=2, max_length=20, fold_every=2)
+    prefill(model, cache, random_tokens(2, 20), rows=[0, 1], counts=[20, 7])
+    before = [x[0].clone() for layer in cache.layers for x in layer.tensors().values()]
+    decode_step(model, cache, random_tokens(2), torch.tensor([False, True]))
+    after = [x[0] for layer in cache.layers for x in layer.tensors().values()]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert cache.lengths_B.tolist() == [20, 8]
 
 
 def test_what_follows_a_row_is_never_read():
