@@ -10,15 +10,13 @@ What each column means: docs/generate.md.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,13 +25,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
+from benchmarks.decode_report import Row, set_ratios
 from benchmarks.report import environment
 from benchmarks.timing import first_line
 from flexrattn import RAttentionModel, build_model_config, make_layers, resolve_flavor
 from flexrattn.attention import RAttention
 from flexrattn.decode.cache import DecodeCache, LayerCache
 from flexrattn.decode.checkpoint import empty_model
-from flexrattn.decode.fast import _FUSED, GraphStepper, TritonStep
+from flexrattn.decode.fast import _FUSED, GraphStepper, TritonStep, Tuning
 from flexrattn.decode.layer import Clock
 from flexrattn.decode.sampling import Mode, SamplingRows
 from flexrattn.decode.step import decode_step
@@ -129,43 +128,6 @@ class LibraryStep(TritonStep):
         return LIBRARY[self.kernel](q_BHD, layer.k_BGSD, layer.v_BGSD, spec.D**-0.5)
 
 
-@dataclass(kw_only=True)
-class Row:
-    """One arm at one point. Empty cells were not measured; `note` says why."""
-
-    contender: str
-    B: int
-    context: int
-    kernel: str = ""
-    step_ms: float | None = None
-    step_p20: float | None = None
-    step_p80: float | None = None
-    host_ms: float | None = None
-    tokens_per_s: float | None = None
-    x_full: float | None = None
-    cache_bytes: int | None = None
-    formula_bytes: int | None = None
-    cache_over_formula: float | None = None
-    formula_ms: float | None = None
-    step_over_formula: float | None = None
-    error: float | None = None
-    tolerance: float | None = None
-    fold_every: int | None = None
-    largest: bool = False
-    bandwidth_TB_s: float | None = None
-    matmul_TFLOP_s: float | None = None
-    layers: int | None = None
-    flavor: str = ""
-    dtype: str = ""
-    note: str = ""
-    device: str = ""
-    torch: str = ""
-    triton: str = ""
-
-
-COLUMNS = tuple(field.name for field in fields(Row))
-
-
 def formula_cache_bytes(config: RAttentionModel.Config, context: int, itemsize: int) -> int:
     """S_kv of the formula: keys and values that a token reads, and the linear branches' states in fp32."""
     total = 0
@@ -196,6 +158,9 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--window", type=int, default=512, help="of RAttention")
     add("--swa-window", type=int, default=4096)
     add("--only", nargs="+", metavar="NAME", help="arms by the beginnings of their names: RAttention SWA full")
+    add("--waves", type=int, default=Tuning.waves, help="softmax programs a multiprocessor")
+    add("--block-v", type=int, default=Tuning.block_v, help="value columns of a state program")
+    add("--overlap", action="store_true", default=Tuning.overlap, help="softmax and state kernels beside each other")
     add("--fold-every", type=int, default=GraphStepper.fold_every, help="keys that enter a state at a time")
 
 
@@ -329,7 +294,7 @@ def gate(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: tor
         for name, x in mine.tensors().items():
             x.copy_(other.tensors()[name])
     set_length(exact_cache, int(cache.lengths_B[0]))
-    step = make_step(arm, model, cache, kernel)
+    step = make_step(arm, model, cache, kernel, options)
     active = torch.ones(GATE_ROWS, dtype=torch.bool, device=device)
     gen = torch.Generator(device).manual_seed(options.seed)
     worst = 0.0
@@ -341,10 +306,13 @@ def gate(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: tor
     return worst
 
 
-def make_step(arm: Arm, model: RAttentionModel, cache: DecodeCache, kernel: str) -> TritonStep:
+def make_step(
+    arm: Arm, model: RAttentionModel, cache: DecodeCache, kernel: str, options: argparse.Namespace
+) -> TritonStep:
+    tuning = Tuning(waves=options.waves, block_v=options.block_v, overlap=options.overlap)
     if not arm.library:
-        return TritonStep(model, cache)
-    step = LibraryStep(model, cache)
+        return TritonStep(model, cache, tuning=tuning)
+    step = LibraryStep(model, cache, tuning=tuning)
     step.kernel = kernel
     return step
 
@@ -423,7 +391,9 @@ def time_arm(row: Row, arm: Arm, model: RAttentionModel, options: argparse.Names
     fill(cache, first, options.seed)
     token_B = torch.randint(model.config.vocab_size, (row.B,), device=device)
     active_B = torch.ones(row.B, dtype=torch.bool, device=device)
-    stepper = _Stepper(make_step(arm, model, cache, row.kernel), token_B, active_B, SamplingRows(row.B, device))
+    stepper = _Stepper(
+        make_step(arm, model, cache, row.kernel, options), token_B, active_B, SamplingRows(row.B, device)
+    )
     gpu, host = [], []
     stepper.step(Mode.GREEDY)  # compiles, and records the graph
     for _ in range(options.repeats):
@@ -543,94 +513,3 @@ def benchmark(
             _release()
         set_ratios(rows)
         yield rows
-
-
-def set_ratios(rows: Sequence[Row]) -> None:
-    """Tokens/s beside the faster of the two arms with full attention."""
-    full = [row.tokens_per_s for row in rows if row.contender.startswith("full") and row.tokens_per_s is not None]
-    for row in rows:
-        if full and row.tokens_per_s is not None:
-            row.x_full = row.tokens_per_s / max(full)
-
-
-def failed(rows: Sequence[Row]) -> bool:
-    return any(row.note.startswith(("WRONG", "FAILED")) for row in rows)
-
-
-def table(rows: Sequence[Row]) -> str:
-    header = ["contender", "B", "context", "kernel", "step ms", "20-80 %", "tokens/s", "x full", "MB/seq", "/formula"]
-    header += ["formula ms", "x formula", "host ms", "error"]
-
-    def shown(x: float | None, digits: int) -> str:
-        return "-" if x is None else f"{x:.{digits}f}"
-
-    cells = [header]
-    for row in rows:
-        spread = "-" if row.step_p20 is None else f"{row.step_p20:.3f}-{row.step_p80:.3f}"
-        cells.append(
-            [
-                row.contender,
-                str(row.B),
-                str(row.context),
-                row.kernel or "ours",
-                shown(row.step_ms, 3),
-                spread,
-                shown(row.tokens_per_s, 0),
-                shown(row.x_full, 2),
-                shown(None if row.cache_bytes is None else row.cache_bytes / 1e6, 1),
-                shown(row.cache_over_formula, 4),
-                shown(row.formula_ms, 3),
-                shown(row.step_over_formula, 2),
-                shown(row.host_ms, 3),
-                "-" if row.error is None else f"{row.error:.1e}",
-            ]
-        )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    notes = ["", *(row.note for row in rows)]
-    lines = []
-    for line, note in zip(cells, notes, strict=True):
-        padded = [line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))]
-        lines.append(("  ".join(padded) + (f"  {note}" if note else "")).rstrip())
-    return "\n".join(["", *lines])
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for row in rows:
-            values = (getattr(row, name) for name in COLUMNS)
-            writer.writerow([f"{x:.6g}" if isinstance(x, float) else x for x in values])
-
-
-def write_plot(rows: Sequence[Row], path: Path) -> None:
-    """Tokens/s of every arm at every point, with the formula's bound as a line over each bar."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    points = list(dict.fromkeys((row.context, row.B if not row.largest else 0) for row in rows))
-    names = list(dict.fromkeys(row.contender for row in rows))
-    figure, axis = plt.subplots(figsize=(max(8, 1.8 * len(points)), 5))
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        own = [row for row in rows if row.contender == name and row.tokens_per_s is not None]
-        at = [points.index((row.context, row.B if not row.largest else 0)) + (i + 0.5) * width - 0.4 for row in own]
-        axis.bar(at, [row.tokens_per_s or 0.0 for row in own], width, label=name)
-        bounds = [1e3 * row.B / (row.formula_ms or 1.0) for row in own]
-        label = "the paper's formula" if i == 0 else ""
-        axis.hlines(bounds, [x - width / 2 for x in at], [x + width / 2 for x in at], colors="black", label=label)
-    axis.set_xticks(range(len(points)))
-    axis.set_xticklabels([f"{f'B={B}' if B else 'largest B'}\n{T} tokens" for T, B in points])
-    axis.set_ylabel("tokens/s")
-    axis.set_yscale("log")
-    axis.grid(alpha=0.3, axis="y")
-    axis.legend(fontsize="small")
-    first = rows[0]
-    axis.set_title(f"decode, {first.flavor} {first.dtype}, {first.device}, torch {first.torch}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from benchmarks import decode, layers
+from benchmarks import decode, decode_report, layers
 from benchmarks.contenders import Contender, Shape, Unavailable, attention_inputs, rla
 from benchmarks.gate import InputsOf, Verdict, verify
 from benchmarks.report import Row, environment, set_speedups, table, write_csv, write_plot
@@ -374,16 +374,16 @@ def run_decode(options: argparse.Namespace) -> int:
         logger.setLevel(logging.INFO)
     about = environment(device)
     print(f"decode: {about['device']}, torch {about['torch']}, triton {about['triton']}", flush=True)
-    rows: list[decode.Row] = []
+    rows: list[decode_report.Row] = []
     with torch._dynamo.config.patch(**STATIC):
         for of_point in decode.benchmark(options, points, device, DTYPES[options.dtype]):
-            print(decode.table(of_point), flush=True)
+            print(decode_report.table(of_point), flush=True)
             rows += of_point
             if options.csv is not None:
-                decode.write_csv(rows, options.csv)
+                decode_report.write_csv(rows, options.csv)
     if options.plot is not None:
-        decode.write_plot(rows, options.plot)
-    return int(decode.failed(rows))
+        decode_report.write_plot(rows, options.plot)
+    return int(decode_report.failed(rows))
 
 
 def find_device() -> torch.device | None:

@@ -71,20 +71,41 @@ def _join(weights: Sequence[torch.nn.Parameter]) -> Tensor:
     return joined
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How the kernels are launched; nothing here changes what is computed.
+
+    waves: programs of the softmax kernel that each multiprocessor gets, by splitting the keys.
+    block_v: value columns of a program of the state's kernel. overlap: the two run beside each other.
+    """
+
+    waves: int = 4
+    block_v: int = 32
+    overlap: bool = False
+
+
 class TritonStep:
     """`decode_step` by kernels. ValueError where they do not take the model (`refusal`).
 
     multiprocessors: what the number of splits aims at; by default the GPU's.
     """
 
-    def __init__(self, model: RAttentionModel, cache: DecodeCache, *, multiprocessors: int | None = None):
+    def __init__(
+        self,
+        model: RAttentionModel,
+        cache: DecodeCache,
+        *,
+        multiprocessors: int | None = None,
+        tuning: Tuning | None = None,
+    ):
         reason = refusal(model.config, device=cache.device, dtype=cache.dtype)
         if reason:
             raise ValueError(f"the Triton step {reason}; use impl 'torch'")
         if multiprocessors is None:
             on_gpu = cache.device.type == "cuda"
             multiprocessors = torch.cuda.get_device_properties(cache.device).multi_processor_count if on_gpu else 4
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.tuning = model, cache, tuning or Tuning()
+        self.side = torch.cuda.Stream() if self.tuning.overlap and cache.device.type == "cuda" else None
         self.weights = [
             self._prepare(block, layer, multiprocessors)
             for block, layer in zip(model.layers.values(), cache.layers, strict=True)
@@ -106,7 +127,12 @@ class TritonStep:
             qkv_XW=fused[0],
             gate_up_XW=fused[1],
             start_HFD=start,
-            splits=choose_splits(self.cache.rows * layer.spec.G, max(layer.slots, 1), multiprocessors=multiprocessors),
+            splits=choose_splits(
+                self.cache.rows * layer.spec.G,
+                max(layer.slots, 1),
+                multiprocessors=multiprocessors,
+                waves=self.tuning.waves,
+            ),
         )
 
     @torch.no_grad()
@@ -139,7 +165,6 @@ class TritonStep:
     ) -> Tensor:
         from flexrattn.decode.glue import launch_heads, row_norm_eps
         from scan_kernels.kernels.decode_softmax import launch_decode_combine, launch_decode_softmax_fwd
-        from scan_kernels.kernels.decode_state import launch_decode_state_fwd
 
         spec = layer.spec
         table = None if attention.rope is None else attention.rope.cache
@@ -164,6 +189,8 @@ class TritonStep:
         )
         launch.run()
         partials = linear = None
+        if spec.residual:
+            linear = self._linear(attention, layer, weights, heads, scales, table, clock)
         if k_BGSD is not None and v_BGSD is not None:
             q_BHD = heads["q_softmax"]
             assert q_BHD is not None
@@ -180,31 +207,8 @@ class TritonStep:
             )
             launch.run()
             partials = found[0], found[1], found[2]
-        if spec.residual:
-            ring = spec.window is not None
-            q_BHD, k, v = heads["q_linear"], k_BGSD, v_BGSD
-            if not ring:
-                k, v = heads["k_linear"], heads["v_linear"]
-            assert q_BHD is not None
-            assert k is not None
-            assert v is not None
-            assert layer.state_BGFD is not None
-            launch, linear = launch_decode_state_fwd(
-                q_BHD,
-                k,
-                v,
-                layer.state_BGFD,
-                clock.position_B,
-                clock.active_B,
-                feature_map=spec.feature_map,
-                window=spec.window,
-                absorbed_B=clock.absorbed[spec.window] if spec.window is not None else None,
-                absorbed_after_B=clock.absorbed_after[spec.window] if spec.window is not None else None,
-                start_HFD=weights.start_HFD,
-                table=table if ring else None,
-                k_scale=scales[1] if ring and scales is not None else None,
-            )
-            launch.run()
+        if spec.residual and self.side is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
         out_BHD = qkv_BX.new_empty(qkv_BX.shape[0], spec.H, spec.D)
         norm = attention.swa_norm or attention.rla_norm
         launch_decode_combine(
@@ -216,6 +220,52 @@ class TritonStep:
             out_BHD=out_BHD,
         ).run()
         return out_BHD
+
+    def _linear(
+        self,
+        attention: RAttention,
+        layer: LayerCache,
+        weights: _Weights,
+        heads: dict[str, Tensor | None],
+        scales: tuple[Tensor, Tensor] | None,
+        table: Tensor | None,
+        clock: Clock,
+    ) -> Tensor:
+        """The linear branch (B, H, D) in fp32, on the side stream where there is one."""
+        from scan_kernels.kernels.decode_state import launch_decode_state_fwd
+
+        spec = layer.spec
+        ring = spec.window is not None
+        q_BHD = heads["q_linear"]
+        k, v = (layer.k_BGSD, layer.v_BGSD) if ring else (heads["k_linear"], heads["v_linear"])
+        assert q_BHD is not None
+        assert k is not None
+        assert v is not None
+        assert layer.state_BGFD is not None
+        launch, linear_BHD = launch_decode_state_fwd(
+            q_BHD,
+            k,
+            v,
+            layer.state_BGFD,
+            clock.position_B,
+            clock.active_B,
+            feature_map=spec.feature_map,
+            window=spec.window,
+            absorbed_B=clock.absorbed[spec.window] if spec.window is not None else None,
+            absorbed_after_B=clock.absorbed_after[spec.window] if spec.window is not None else None,
+            start_HFD=weights.start_HFD,
+            table=table if ring else None,
+            k_scale=scales[1] if ring and scales is not None else None,
+            block_v=self.tuning.block_v,
+        )
+        if self.side is None:
+            launch.run()
+        else:
+            # Its tensors belong to the main stream, which waits for this one before the branches are added.
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
+                launch.run()
+        return linear_BHD
 
 
 class TritonStepper(EagerStepper):

@@ -22,7 +22,8 @@ from scan_kernels import apply_feature_map
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """One step's time: position of the new token, who takes part, and what the states hold before and after."""
+    """One step's time: position of the new token (0 for a row that rests), who takes part, and what the states hold
+    before and after."""
 
     position_B: Tensor
     active_B: Tensor
@@ -38,7 +39,9 @@ def make_clock(cache: DecodeCache, active_B: Tensor) -> Clock:
         outside_B = t_B + 1 - window
         folds_B = active_B & (outside_B - absorbed_B >= cache.fold_every)
         after[window] = torch.where(folds_B, outside_B, absorbed_B)
-    return Clock(position_B=t_B, active_B=active_B, absorbed=cache.absorbed, absorbed_after=after)
+    # A full row that rests would stand behind the end of the table of rotations.
+    position_B = torch.where(active_B, t_B, 0)
+    return Clock(position_B=position_B, active_B=active_B, absorbed=cache.absorbed, absorbed_after=after)
 
 
 def rotate_back(attention: RAttention, k_BGPD: Tensor, position_BP: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import csv
 import pytest
 import torch
 
-from benchmarks import decode, run
+from benchmarks import decode, decode_report, run
 from flexrattn.decode import DecodeCache, decode_step
 from flexrattn.decode.fast import _FUSED, _join
 from tests.closeness import relative_error
@@ -105,21 +105,23 @@ def test_models_that_share_weights():
 
 
 def test_rows_are_written(tmp_path):
-    def row(name: str, rate: float | None, **options) -> decode.Row:
-        return decode.Row(contender=name, B=2, context=64, tokens_per_s=rate, formula_ms=1.0, dtype="bf16", **options)
+    def row(name: str, rate: float | None, **options) -> decode_report.Row:
+        return decode_report.Row(
+            contender=name, B=2, context=64, tokens_per_s=rate, formula_ms=1.0, dtype="bf16", **options
+        )
 
     rows = [row("RAttention-512", 300.0), row("full, ours", 100.0), row("full, library", 150.0, kernel="FA2")]
     rows.append(row("SWA-4096", None, note="FAILED: broken"))
-    decode.set_ratios(rows)
+    decode_report.set_ratios(rows)
     assert [each.x_full for each in rows] == [2.0, 100 / 150, 1.0, None]
-    assert decode.failed(rows)
-    assert not decode.failed(rows[:3])
-    text = decode.table(rows)
+    assert decode_report.failed(rows)
+    assert not decode_report.failed(rows[:3])
+    text = decode_report.table(rows)
     assert "FA2" in text
     assert "FAILED: broken" in text
-    decode.write_csv(rows, tmp_path / "rows.csv")
+    decode_report.write_csv(rows, tmp_path / "rows.csv")
     with (tmp_path / "rows.csv").open() as file:
         read = list(csv.DictReader(file))
     assert [each["x_full"] for each in read] == ["2", "0.666667", "1", ""]
-    decode.write_plot(rows, tmp_path / "rows.png")
+    decode_report.write_plot(rows, tmp_path / "rows.png")
     assert (tmp_path / "rows.png").stat().st_size > 1000

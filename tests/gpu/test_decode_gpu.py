@@ -13,7 +13,7 @@ from flexrattn import build_model_config, make_layers, resolve_flavor
 from flexrattn.decode import DecodeCache, decode_step, prefill
 from flexrattn.decode.checkpoint import empty_model
 from flexrattn.decode.engine import EagerStepper, Engine
-from flexrattn.decode.fast import GraphStepper, TritonStep, TritonStepper
+from flexrattn.decode.fast import GraphStepper, TritonStep, TritonStepper, Tuning
 from flexrattn.decode.sampling import Mode, Sampling
 from tests.closeness import relative_error
 
@@ -133,6 +133,36 @@ def requests():
     kinds = itertools.cycle(({}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}))
     for i, n in enumerate((3, 300, 64, 65, 129, 17)):
         yield tokens_of(n, seed=n).tolist(), 20 + 7 * i, Sampling(seed=i, **next(kinds))
+
+
+@pytest.mark.parametrize(
+    "tuning", [Tuning(overlap=True), Tuning(waves=1, block_v=64), Tuning(waves=16, block_v=16)], ids=str
+)
+def test_tuning_changes_nothing(tuning):
+    """But the order in which splits are added: inside a graph, with rows of different lengths."""
+    model = build(dtype=torch.float32, max_length=512, window=100)
+    results = []
+    for each in (Tuning(), tuning):
+        cache = cache_of(model, rows=3, max_length=512)
+        prefill(model, cache, tokens_of(3, 301), rows=[0, 1, 2], counts=[301, 5, 140])
+        step = TritonStep(model, cache, tuning=each)
+        token, active = tokens_of(3), torch.zeros(3, dtype=torch.bool, device="cuda")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step(token, active)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step(token, active)
+        active.fill_(True)
+        found = []
+        for i in range(20):
+            token.copy_(tokens_of(3, seed=i))
+            graph.replay()
+            found.append(logits.clone())
+        results.append(torch.stack(found))
+    assert relative_error(results[1], results[0]) < 1e-5
 
 
 def test_the_graph_is_the_eager_step():

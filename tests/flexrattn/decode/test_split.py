@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
@@ -59,7 +57,7 @@ def test_every_split_point(kind, fold_every):
     tokens = random_tokens(2, T)
     expected = full_forward(model, tokens)
     cache = new_cache(model, rows=2, fold_every=fold_every)
-    for cut in range(T + 1) if kind == "rattention" else (0, 5, 6, 7, 14):
+    for cut in range(T + 1) if kind == "rattention" else (0, 6, 14):
         cache.reset([0, 1])
         parts = []
         if cut:
@@ -76,7 +74,7 @@ def test_prefill_in_pieces(kind, fold_every):
     model = build(**KINDS[kind])
     tokens = random_tokens(1, T)
     expected = full_forward(model, tokens)
-    for first, second in itertools.combinations((1, 5, 6, 7, 17), 2):
+    for first, second in ((1, 5), (1, 17), (5, 7), (6, 17)):
         for middle in ("prefill", "steps"):
             cache = new_cache(model, fold_every=fold_every)
             parts = [prefill(model, cache, tokens[:, :first], rows=[0], all_logits=True)]
@@ -188,7 +186,8 @@ def test_documents_in_rows_of_different_lengths():
 
 
 def test_a_full_row_can_rest():
-    model = build()
+    """Also at the model's limit, where its next position has no rotation."""
+    model = build(model={"max_seq_len": 20})
     cache = new_cache(model, rows=2, max_length=20, fold_every=2)
     prefill(model, cache, random_tokens(2, 20), rows=[0, 1], counts=[20, 7])
     before = [x[0].clone() for layer in cache.layers for x in layer.tensors().values()]
