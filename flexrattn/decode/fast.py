@@ -71,6 +71,18 @@ def _join(weights: Sequence[torch.nn.Parameter]) -> Tensor:
     return joined
 
 
+def joined_weights(block: Block) -> tuple[Tensor, Tensor]:
+    """A block's q, k, v weights as one tensor and its gate, up weights as one; a second engine finds the same."""
+    qkv, ffn = block.attention.qkv_linear, block.feed_forward
+    groups = [qkv.wq.weight, qkv.wk.weight, qkv.wv.weight], [ffn.w1.weight, ffn.w3.weight]
+    fused = getattr(block, _FUSED, None)
+    # A model that was cast or moved has new weights.
+    if fused is None or any(x.data_ptr() != group[0].data_ptr() for x, group in zip(fused, groups, strict=True)):
+        fused = _join(groups[0]), _join(groups[1])
+        object.__setattr__(block, _FUSED, fused)
+    return fused
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """How the kernels are launched; nothing here changes what is computed.
@@ -115,13 +127,7 @@ class TritonStep:
         from scan_kernels.kernels.decode_softmax import choose_splits
 
         attention = block.attention
-        fused = getattr(block, _FUSED, None)
-        if fused is None:
-            qkv = attention.qkv_linear
-            ffn = block.feed_forward
-            fused = (_join([qkv.wq.weight, qkv.wk.weight, qkv.wv.weight]), _join([ffn.w1.weight, ffn.w3.weight]))
-            # A second engine on the same model finds them joined.
-            object.__setattr__(block, _FUSED, fused)
+        fused = joined_weights(block)
         start = None if attention.initial_state is None else attention.initial_state().float().contiguous()
         return _Weights(
             qkv_XW=fused[0],

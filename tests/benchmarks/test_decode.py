@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import decode, decode_report, run
 from flexrattn.decode import DecodeCache, decode_step
-from flexrattn.decode.fast import _FUSED, _join
+from flexrattn.decode.fast import joined_weights
 from tests.closeness import relative_error
 
 CPU = torch.device("cpu")
@@ -87,13 +87,11 @@ def test_models_that_share_weights():
         models.append(decode.random_model(config, CPU, torch.float32, seed=0, like=models[0] if i else None))
         if not i:
             for block in models[0].layers.values():
-                qkv, ffn = block.attention.qkv_linear, block.feed_forward
-                joined = _join([qkv.wq.weight, qkv.wk.weight, qkv.wv.weight]), _join([ffn.w1.weight, ffn.w3.weight])
-                object.__setattr__(block, _FUSED, joined)
+                joined_weights(block)
     first, swa, again = models
     assert swa.lm_head.weight is swa.tok_embeddings.weight is first.lm_head.weight
     assert swa.layers["2"].feed_forward.w1.weight is first.layers["2"].feed_forward.w1.weight
-    assert getattr(swa.layers["0"], _FUSED)[0] is getattr(first.layers["0"], _FUSED)[0]
+    assert joined_weights(swa.layers["0"])[0] is joined_weights(first.layers["0"])[0]
     assert not any(p.is_meta for model in models for p in (*model.parameters(), *model.buffers()))
     logits = []
     for model in (first, again):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from flexrattn.decode import DecodeCache
-from flexrattn.decode.fast import TritonStep, refusal
+from flexrattn.decode.fast import TritonStep, joined_weights, refusal
 from tests.flexrattn.decode.models import build
 
 HERE = Path(__file__).parent
@@ -55,6 +55,22 @@ def test_kernels_fit(capability):
             if spills or found.shared > SHARED[capability] or found.registers < 16:
                 unfit.append(f"sm_{capability} {dtype} D={D}: {name} {found}")
     assert not unfit, "\n".join(unfit)
+
+
+def test_joined_weights_are_the_modules_own():
+    """Written through the module they are seen, a second time they are the same, and a cast model has new ones."""
+    model = build(dtype=torch.float32)
+    block = model.layers["0"]
+    qkv, ffn = block.attention.qkv_linear, block.feed_forward
+    before = [x.clone() for x in (qkv.wq.weight, qkv.wk.weight, qkv.wv.weight, ffn.w1.weight, ffn.w3.weight)]
+    first, second = joined_weights(block)
+    assert torch.equal(first, torch.cat(before[:3]))
+    assert torch.equal(second, torch.cat(before[3:]))
+    qkv.wk.weight.fill_(2.0)
+    assert joined_weights(block)[0] is first
+    assert (first[len(before[0]) : -len(before[2])] == 2.0).all()
+    model.to(torch.bfloat16)
+    assert joined_weights(block)[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
