@@ -19,12 +19,10 @@ import torch
 from torch import Tensor
 
 from flexrattn.decode.cache import DecodeCache
-from flexrattn.decode.prefill import prefill
+from flexrattn.decode.prompt import SHORTEST, prefill
 from flexrattn.decode.sampling import Mode, Sampling, SamplingRows, sample, widest
 from flexrattn.decode.step import decode_step
 from flexrattn.model import RAttentionModel
-
-SMALLEST_BUCKET = 64
 
 
 class Finish(StrEnum):
@@ -267,7 +265,7 @@ class Engine:
         """Prompt lengths that get a kernel of their own on a GPU: powers of two, up to the chunk."""
         if not self._buckets:
             return length
-        bucket = max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+        bucket = max(SHORTEST, 1 << (length - 1).bit_length())
         return min(bucket, self.prefill_chunk) if length <= self.prefill_chunk else length
 
     def _set_active(self, running: list[_Request]) -> None:

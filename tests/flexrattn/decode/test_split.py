@@ -197,6 +197,22 @@ def test_a_full_row_can_rest():
     assert cache.lengths_B.tolist() == [20, 8]
 
 
+def test_short_calls_filled_up(monkeypatch):
+    """As on a GPU: nothing sees what a call is filled up with."""
+    monkeypatch.setattr("flexrattn.decode.prompt._shortest", lambda device: 32)
+    model = build(learned_initial_state=True)
+    tokens = random_tokens(2, 20)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ([9, 11], [4, 16])])
+    expected = full_forward(model, tokens, positions)
+    cache = new_cache(model, rows=2)
+    parts = [
+        prefill(model, cache, tokens[:, a:b], rows=[0, 1], positions=positions[:, a:b], all_logits=True)
+        for a, b in ((0, 3), (3, 12), (12, 17))
+    ]
+    parts.append(steps(model, cache, tokens[:, 17:]))
+    assert relative_error(torch.cat(parts, dim=1), expected) < TOLERANCE
+
+
 def test_what_follows_a_row_is_never_read():
     model = build()
     tokens = random_tokens(1, 20)

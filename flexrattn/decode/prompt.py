@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from flexrattn.attention import RAttention
@@ -65,14 +66,24 @@ def prefill(
 
     Raises ValueError: shapes, rows or counts that do not fit, positions that do not go on, no room in the cache.
     """
-    chunk = _check(cache, token_NT, rows, counts, positions)
+    T = token_NT.shape[-1]
+    token_NT, chunk = _check(cache, token_NT, rows, counts, positions)
     with _every_shape_compiled(cache.device):
-        return _prefill(model, cache, token_NT, chunk, all_logits)
+        logits = _prefill(model, cache, token_NT, chunk, all_logits)
+    return logits[:, :T] if all_logits else logits
 
 
 # FlexAttention is compiled once for each shape of a prompt. Past dynamo's limit of 8 it would go on in eager mode, and
 # compute all scores.
 _SHAPES = {"automatic_dynamic_shapes": False, "recompile_limit": 256, "accumulated_recompile_limit": 4096}
+
+
+# FlexAttention has another kernel for fewer queries, one for decoding. It is not what training uses.
+SHORTEST = 128
+
+
+def _shortest(device: torch.device) -> int:
+    return SHORTEST if device.type == "cuda" else 1
 
 
 def _every_shape_compiled(device: torch.device) -> AbstractContextManager:
@@ -107,7 +118,8 @@ def _check(
     rows: Sequence[int],
     counts: Sequence[int] | None,
     positions: Tensor | None,
-) -> _Chunk:
+) -> tuple[Tensor, _Chunk]:
+    """The tokens, filled up to what the kernels want, and where they stand."""
     if token_NT.ndim != 2 or token_NT.shape[1] < 1 or len(rows) != token_NT.shape[0]:
         raise ValueError(f"tokens must be ({len(rows)} rows, T >= 1), got {tuple(token_NT.shape)}")
     N, T = token_NT.shape
@@ -120,14 +132,16 @@ def _check(
     row_N = torch.tensor(list(rows), device=device)
     count_N = torch.tensor(counts, device=device)
     seen_N = cache.lengths_B[row_N]
+    fill = max(_shortest(device) - T, 0)
+    if positions is not None and positions.shape != (N, T):
+        raise ValueError(f"positions must have the shape of the tokens {(N, T)}, got {tuple(positions.shape)}")
+    token_NT, T = nnf.pad(token_NT, (0, fill)), T + fill
     real_NT = torch.arange(T, device=device) < count_N[:, None]
     if positions is None:
         position_NT = seen_N[:, None] + torch.arange(T, device=device)
         packed = False
     else:
-        if positions.shape != (N, T):
-            raise ValueError(f"positions must have the shape of the tokens {(N, T)}, got {tuple(positions.shape)}")
-        position_NT = positions.to(device)
+        position_NT = nnf.pad(positions.to(device), (0, fill))
         steps = position_NT.diff(dim=1)
         goes_on = ((steps == 1) | (position_NT[:, 1:] == 0)) | ~real_NT[:, 1:]
         starts = (position_NT[:, 0] == seen_N) | (position_NT[:, 0] == 0)
@@ -144,7 +158,7 @@ def _check(
     # Past a row's end positions may leave the table of rotations; nothing reads them.
     position_NT = torch.where(real_NT, position_NT, 0)
     before_N = torch.where(document_NT[:, 0] == 0, seen_N, 0)
-    return _Chunk(
+    return token_NT, _Chunk(
         row_N=row_N,
         count_N=count_N,
         before_N=before_N,
