@@ -246,19 +246,19 @@ def run(options: argparse.Namespace) -> None:
         impl=options.impl,
     )
     begun = time.perf_counter()
-    pieces = []
+    text = TextStream(generator.tokenizer, options.stop)
     if not options.quiet:
         print(prompt, end="", flush=True)
-    for piece in generator.stream(prompt, max_new_tokens=options.max_new_tokens, sampling=sampling, stop=options.stop):
+    pieces = []
+    for _, piece, _ in generator._run([prompt], options.max_new_tokens, sampling, [text], 1):
         pieces.append(piece)
         if not options.no_stream:
             print(piece, end="", flush=True)
     print("".join(pieces) if options.no_stream else "", flush=True)
     if not options.quiet:
         seconds = time.perf_counter() - begun
-        count = len(generator.tokenizer.encode("".join(pieces), add_bos=False, add_eos=False))
-        device = generator.model.norm.weight.device.type
-        print(f"[about {count} tokens in {seconds:.1f} s on the {device.upper()}, prompt included]", file=sys.stderr)
+        device = generator.model.norm.weight.device.type.upper()
+        print(f"[{len(text.tokens)} tokens in {seconds:.1f} s on the {device}, prompt included]", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

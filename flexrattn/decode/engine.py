@@ -141,7 +141,7 @@ class Engine:
         self._alive: dict[int, _Request] = {}
         self._reads: deque[_Read] = deque()
         self._cancelled: list[Output] = []
-        self._active_changed = False
+        self._flags: list[bool] = [False] * slots  # active_B, as the host knows it
         self.decode_steps = 0
 
     @property
@@ -271,7 +271,7 @@ class Engine:
     def _set_active(self, running: list[_Request]) -> None:
         slots = {request.slot for request in running}
         flags = [slot in slots for slot in range(len(self._slots))]
-        if flags != getattr(self, "_flags", None):
+        if flags != self._flags:
             self._flags = flags
             self.active_B.copy_(torch.tensor(flags), non_blocking=True)
 

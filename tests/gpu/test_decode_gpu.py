@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import run
+from benchmarks import decode, run
 from flexrattn import build_model_config, make_layers, resolve_flavor
 from flexrattn.decode import DecodeCache, decode_step, prefill
 from flexrattn.decode.checkpoint import empty_model
@@ -221,6 +221,24 @@ def test_no_host_sync_and_one_graph_launch_a_token():
     # Besides the graph: the copy of the tokens to the host, and nothing that computes.
     assert calls.get("cudaLaunchKernel", 0) == 0, calls
     assert calls.get("cudaStreamSynchronize", 0) == 0, calls
+
+
+def test_prefill_takes_what_the_forward_takes():
+    """On the kernels of training: logits of all tokens, the caches besides."""
+    B, T = 4, 8192
+    model = build(dtype=torch.bfloat16, max_length=T)
+    tokens, positions = tokens_of(B, T), torch.arange(T, device="cuda").expand(B, T)
+    cache = cache_of(model, rows=B, max_length=T)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(tokens, positions=positions, attention_masks=model.get_attention_masks(positions))
+
+    def filled() -> None:
+        cache.reset(list(range(B)))
+        prefill(model, cache, tokens, rows=list(range(B)), all_logits=True)
+
+    assert decode.gpu_seconds(filled, repeats=7) < 1.25 * decode.gpu_seconds(forward, repeats=7)
 
 
 def test_memory_of_local_layers_does_not_grow():
