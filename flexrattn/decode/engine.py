@@ -46,12 +46,6 @@ class StopCondition(Protocol):
         ...
 
 
-class Stepper(Protocol):
-    """One token for all rows: `step` reads token_B and active_B, and writes the sampled tokens into token_B."""
-
-    def step(self, mode: Mode) -> None: ...
-
-
 @dataclass(kw_only=True)
 class _Request:
     id: int
@@ -75,7 +69,10 @@ class _Read:
 
 
 class EagerStepper:
-    """`decode_step` and `sample` on the engine's tensors."""
+    """One token for all rows: `step` reads token_B and active_B, and writes the sampled tokens into token_B.
+
+    This one is `decode_step` and `sample`; a faster one is a subclass.
+    """
 
     fold_every = 1  # what it is fastest with
 

@@ -206,14 +206,13 @@ def test_no_host_sync_and_one_graph_launch_a_token():
     engine.stepper.graphs[Mode.GREEDY] = Counted()
     torch.cuda.synchronize()
     steps = 50
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        ) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             outputs = [output for _ in range(steps) for output in engine.step()]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     assert len(outputs) == 4 * steps
     assert len(launched) == steps
     calls = {event.key: event.count for event in profile.key_averages()}
