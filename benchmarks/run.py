@@ -4,6 +4,7 @@
     python -m benchmarks.run swa           # the softmax branch over windows
     python -m benchmarks.run rattention    # both branches, their norms and their sum
     python -m benchmarks.run train_step    # whole blocks of a model, forward and backward
+    python -m benchmarks.run decode        # whole steps of decoding, beside the paper's formula
 
 Batch x length is --tokens at every length. What each column means: docs/benchmarks.md.
 Exit code: 0; 1 if a contender was wrong or one of ours failed; 2 for bad options or no GPU.
@@ -24,7 +25,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from benchmarks import layers
+from benchmarks import decode, decode_report, layers
 from benchmarks.contenders import Contender, Shape, Unavailable, attention_inputs, rla
 from benchmarks.gate import InputsOf, Verdict, verify
 from benchmarks.report import Row, environment, set_speedups, table, write_csv, write_plot
@@ -91,13 +92,21 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "rla":
             add("--with-torch-scan", action="store_true", help='also impl="torch", which is slow')
             add("--save-every", type=int, nargs="+", default=[], metavar="M", help="also with these states kept")
-        add("--dtype", choices=DTYPES, default="bf16")
-        add("--repeats", type=int, default=30, help="rounds; each times every contender once")
-        add("--seed", type=int, default=0, help="of the inputs and of the order within a round")
-        add("--csv", type=Path)
-        add("--plot", type=Path, help="a .png, drawn with matplotlib")
-        add("--log", action="store_true", help="say what is being done, and every error of the gate")
+        _add_common(add)
+    about = "whole steps of decoding"
+    command = commands.add_parser("decode", help=about, description=about)
+    decode.add_options(command.add_argument)
+    _add_common(command.add_argument)
     return parser
+
+
+def _add_common(add: Callable[..., Any]) -> None:
+    add("--dtype", choices=DTYPES, default="bf16")
+    add("--repeats", type=int, default=30, help="rounds; each times every contender once")
+    add("--seed", type=int, default=0, help="of the inputs and of the order within a round")
+    add("--csv", type=Path)
+    add("--plot", type=Path, help="a .png, drawn with matplotlib")
+    add("--log", action="store_true", help="say what is being done, and every error of the gate")
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
@@ -121,8 +130,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         raise BadOptions(f"query heads must be a multiple of KV heads, got --heads {H} {G}")
     if D % 2:
         raise BadOptions(f"--width must be even, got {D}")
-    if options.repeats < 3:
-        raise BadOptions(f"--repeats must be 3 or more, so that there is a median, got {options.repeats}")
+    _check_outputs(options)
     for window in windows:
         if window < 0:
             raise BadOptions(f"a window must be 0 or more (previous keys a query sees), got {window}")
@@ -131,12 +139,6 @@ def make_plan(options: argparse.Namespace) -> Plan:
             raise BadOptions(f"each length must divide --tokens {options.tokens}, got {T}")
         if options.command != "swa" and options.window >= T - 1:
             raise BadOptions(f"--window must leave keys to the linear branch, got {options.window} with length {T}")
-    if options.plot is not None and options.plot.suffix != ".png":
-        raise BadOptions(f"--plot must end in .png, got {options.plot}")
-    for path in (options.csv, options.plot):
-        if path is not None and path.is_dir():
-            raise BadOptions(f"{path} is a folder, a file is wanted")
-
     inputs_of: InputsOf = attention_inputs
     if options.command == "rla":
         kept = list(dict.fromkeys(options.save_every))
@@ -173,6 +175,17 @@ def make_plan(options: argparse.Namespace) -> Plan:
         seed=options.seed,
         dtype=options.dtype,
     )
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """What all commands have."""
+    if options.repeats < 3:
+        raise BadOptions(f"--repeats must be 3 or more, so that there is a median, got {options.repeats}")
+    if options.plot is not None and options.plot.suffix != ".png":
+        raise BadOptions(f"--plot must end in .png, got {options.plot}")
+    for path in (options.csv, options.plot):
+        if path is not None and path.is_dir():
+            raise BadOptions(f"{path} is a folder, a file is wanted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +325,8 @@ def _empty_row(plan: Plan, shape: Shape, contender: Contender, about: dict[str, 
 def main(arguments: list[str] | None = None) -> int:
     try:
         options = make_parser().parse_args(arguments)
+        if options.command == "decode":
+            return run_decode(options)
         plan = make_plan(options)
     except BadOptions as error:
         return _refuse(str(error))
@@ -339,6 +354,36 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plot is not None:
         write_plot(rows, options.plot)
     return int(failed)
+
+
+def run_decode(options: argparse.Namespace) -> int:
+    """The command `decode`: its rows are whole steps, so it has columns of its own."""
+    try:
+        points = decode.points_of(options)
+        decode.chosen_arms(options)
+    except ValueError as error:
+        raise BadOptions(str(error)) from None
+    _check_outputs(options)
+    device = find_device()
+    if device is None:
+        return _refuse(f"needs a CUDA GPU, torch {torch.__version__} sees none on this machine")
+    if options.plot is not None and not _can_draw():
+        return _refuse("--plot needs matplotlib: pip install matplotlib, or leave it out")
+    if options.log:
+        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+        logger.setLevel(logging.INFO)
+    about = environment(device)
+    print(f"decode: {about['device']}, torch {about['torch']}, triton {about['triton']}", flush=True)
+    rows: list[decode_report.Row] = []
+    with torch._dynamo.config.patch(**STATIC):
+        for of_point in decode.benchmark(options, points, device, DTYPES[options.dtype]):
+            print(decode_report.table(of_point), flush=True)
+            rows += of_point
+            if options.csv is not None:
+                decode_report.write_csv(rows, options.csv)
+    if options.plot is not None:
+        decode_report.write_plot(rows, options.plot)
+    return int(decode_report.failed(rows))
 
 
 def find_device() -> torch.device | None:

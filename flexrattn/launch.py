@@ -83,6 +83,8 @@ def _last_line(trainer: Any, args: list[str]) -> str:
         said.append(f"Curves: tensorboard --logdir {folder / config.metrics.save_tb_folder}.")
     further = [*_without_flag(args, "--training.steps"), "--training.steps", str(2 * config.training.steps)]
     said.append(f"Train further: python train.py {shlex.join(further)}")
+    if config.checkpoint.enable:
+        said.append(f"Generate: python -m flexrattn.generate --checkpoint {folder} --prompt ...")
     return " ".join(said)
 
 

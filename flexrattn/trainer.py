@@ -103,7 +103,14 @@ class RAttentionTrainer(Trainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
-        pass
+        def to_dict(self) -> dict[str, Any]:
+            # torchtitan writes a section's fields and not its class, and all tokenizers have the same fields: none.
+            written = Trainer.Config.to_dict(self)
+            written["tokenizer"] = {
+                "class": type(self.tokenizer).__qualname__.partition(".")[0],
+                **written["tokenizer"],
+            }
+            return written
 
     validator: BeforeAfterValidator
     metrics_processor: ProgressMetrics
