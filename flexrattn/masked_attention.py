@@ -19,9 +19,9 @@ from torchtitan.models.common.attention import FlexAttention
 # A mask for one attention kind: sparse blocks where a kernel uses them, a (B or 1, 1, T, T) boolean where not.
 Mask = BlockMask | torch.Tensor
 
-# FlexAttention's options by the backend that they ask for. `flash` makes CuTe kernels of the same masks and score mods by
-# way of the package flash-attn-4. Measured on an H200 under a window of 512 (docs/kernels.md): 1.2 to 1.5 times as fast;
-# its gradients are sums in no fixed order, so that two runs differ in their last bits.
+# FlexAttention's options by the backend that they ask for. `flash` makes CuTe kernels of the same masks and score mods
+# by way of the package flash-attn-4. Under a window of 512 on an H200 it took three quarters of the time
+# (docs/kernels.md); its gradients are sums in no fixed order, so that two runs differ in their last bits.
 KERNEL_OPTIONS: dict[str, dict[str, str]] = {"triton": {}, "flash": {"BACKEND": "FLASH"}}
 
 

@@ -125,7 +125,7 @@ def store_tile(
 
 @gluon.jit
 def _softmax(x, SIGN):
-    """exp(SIGN x) over whole rows with its largest element at 1, one over its sum, and log2 of the sum of exp(SIGN x)."""
+    """exp(SIGN x) of whole rows, scaled to a largest element of 1; one over its sum; log2 of the sum of exp(SIGN x)."""
     y = x.to(gl.float32) * SIGN
     top = gl.max(y, 1) * _LOG2E
     e = gl.exp2(y * _LOG2E - top[:, None])

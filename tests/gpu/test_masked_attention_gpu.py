@@ -1,4 +1,4 @@
-"""The softmax branch by each backend that is there, against dense float64 attention. `python -m pytest tests/gpu -m gpu`."""
+"""The softmax branch by each backend, against dense float64 attention. `python -m pytest tests/gpu -m gpu`."""
 
 from __future__ import annotations
 
