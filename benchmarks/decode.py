@@ -109,7 +109,7 @@ class LibraryStep(TritonStep):
         spec = layer.spec
         assert layer.k_BGSD is not None
         assert layer.v_BGSD is not None
-        launch, heads = launch_heads(
+        launches, heads = launch_heads(
             qkv_BX,
             H=spec.H,
             G=spec.G,
@@ -120,12 +120,12 @@ class LibraryStep(TritonStep):
             length_B=clock.position_B,
             active_B=clock.active_B,
             cache=(layer.k_BGSD, layer.v_BGSD),
-            linear=False,
+            feature_map=None,
         )
-        launch.run()
-        q_BHD = heads["q_softmax"]
-        assert q_BHD is not None
-        return LIBRARY[self.kernel](q_BHD, layer.k_BGSD, layer.v_BGSD, spec.D**-0.5)
+        for launch in launches:
+            launch.run()
+        assert heads.q_softmax is not None
+        return LIBRARY[self.kernel](heads.q_softmax, layer.k_BGSD, layer.v_BGSD, spec.D**-0.5)
 
 
 def formula_cache_bytes(config: RAttentionModel.Config, context: int, itemsize: int) -> int:
@@ -159,7 +159,7 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--swa-window", type=int, default=4096)
     add("--only", nargs="+", metavar="NAME", help="arms by the beginnings of their names: RAttention SWA full")
     add("--waves", type=int, default=Tuning.waves, help="softmax programs a multiprocessor")
-    add("--block-v", type=int, default=Tuning.block_v, help="value columns of a state program")
+    add("--block-f", type=int, default=Tuning.block_f, help="features of a state program")
     add("--overlap", action="store_true", default=Tuning.overlap, help="softmax and state kernels beside each other")
     add("--fold-every", type=int, default=GraphStepper.fold_every, help="keys that enter a state at a time")
 
@@ -309,7 +309,7 @@ def gate(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: tor
 def make_step(
     arm: Arm, model: RAttentionModel, cache: DecodeCache, kernel: str, options: argparse.Namespace
 ) -> TritonStep:
-    tuning = Tuning(waves=options.waves, block_v=options.block_v, overlap=options.overlap)
+    tuning = Tuning(waves=options.waves, block_f=options.block_f, overlap=options.overlap)
     if not arm.library:
         return TritonStep(model, cache, tuning=tuning)
     step = LibraryStep(model, cache, tuning=tuning)

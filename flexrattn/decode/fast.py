@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ from flexrattn.decode.layer import Clock, make_clock
 from flexrattn.decode.sampling import Mode, SamplingRows, sample
 from flexrattn.decode.step import finish_step
 from flexrattn.model import Block, RAttentionModel
+
+if TYPE_CHECKING:
+    from flexrattn.decode.glue import Heads
+    from scan_kernels.kernels.decode_softmax import LinearParts
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = (16, 32, 64, 128, 256)
@@ -88,11 +93,11 @@ class Tuning:
     """How the kernels are launched; nothing here changes what is computed.
 
     waves: programs of the softmax kernel that each multiprocessor gets, by splitting the keys.
-    block_v: value columns of a program of the state's kernel. overlap: the two run beside each other.
+    block_f: features of a program of the state's kernel. overlap: the two run beside each other.
     """
 
     waves: int = 4
-    block_v: int = 32
+    block_f: int = 64
     overlap: bool = False
 
 
@@ -180,7 +185,8 @@ class TritonStep:
             norms = attention.q_norm.weight, attention.k_norm.weight, row_norm_eps(attention.q_norm)
         if attention.q_scale is not None and attention.k_scale is not None:
             scales = attention.q_scale.weight, attention.k_scale.weight
-        launch, heads = launch_heads(
+        absorbed_B = clock.absorbed[spec.window] if spec.residual and spec.window is not None else None
+        launches, heads = launch_heads(
             qkv_BX,
             H=spec.H,
             G=spec.G,
@@ -191,18 +197,19 @@ class TritonStep:
             length_B=clock.position_B,
             active_B=clock.active_B,
             cache=None if k_BGSD is None or v_BGSD is None else (k_BGSD, v_BGSD),
-            linear=spec.residual,
+            feature_map=spec.feature_map if spec.residual else None,
+            window=spec.window,
+            absorbed_B=absorbed_B,
         )
-        launch.run()
-        partials = linear = None
-        if spec.residual:
-            linear = self._linear(attention, layer, weights, heads, scales, table, clock)
+        for launch in launches:
+            launch.run()
+        partials = None
+        linear = self._read_state(layer, weights, heads, clock) if spec.residual else None
         if k_BGSD is not None and v_BGSD is not None:
-            q_BHD = heads["q_softmax"]
-            assert q_BHD is not None
+            assert heads.q_softmax is not None
             scale = spec.D**-0.5 if attention.scaling is None else attention.scaling
             launch, *found = launch_decode_softmax_fwd(
-                q_BHD,
+                heads.q_softmax,
                 k_BGSD,
                 v_BGSD,
                 clock.position_B,
@@ -227,42 +234,27 @@ class TritonStep:
         ).run()
         return out_BHD
 
-    def _linear(
-        self,
-        attention: RAttention,
-        layer: LayerCache,
-        weights: _Weights,
-        heads: dict[str, Tensor | None],
-        scales: tuple[Tensor, Tensor] | None,
-        table: Tensor | None,
-        clock: Clock,
-    ) -> Tensor:
-        """The linear branch (B, H, D) in fp32, on the side stream where there is one."""
+    def _read_state(self, layer: LayerCache, weights: _Weights, heads: Heads, clock: Clock) -> LinearParts:
+        """What the state gives to the queries, on the side stream where there is one."""
+        from scan_kernels.kernels.decode_softmax import LinearParts
         from scan_kernels.kernels.decode_state import launch_decode_state_fwd
 
-        spec = layer.spec
-        ring = spec.window is not None
-        q_BHD = heads["q_linear"]
-        k, v = (layer.k_BGSD, layer.v_BGSD) if ring else (heads["k_linear"], heads["v_linear"])
-        assert q_BHD is not None
-        assert k is not None
-        assert v is not None
+        window = layer.spec.window
+        v = heads.v_linear if window is None else layer.v_BGSD
+        assert heads.phi_q is not None
+        assert heads.phi_k is not None
         assert layer.state_BGFD is not None
-        launch, linear_BHD = launch_decode_state_fwd(
-            q_BHD,
-            k,
+        assert v is not None
+        launch, read = launch_decode_state_fwd(
+            heads.phi_q,
+            heads.phi_k,
             v,
             layer.state_BGFD,
-            clock.position_B,
             clock.active_B,
-            feature_map=spec.feature_map,
-            window=spec.window,
-            absorbed_B=clock.absorbed[spec.window] if spec.window is not None else None,
-            absorbed_after_B=clock.absorbed_after[spec.window] if spec.window is not None else None,
+            absorbed_B=None if window is None else clock.absorbed[window],
+            absorbed_after_B=None if window is None else clock.absorbed_after[window],
             start_HFD=weights.start_HFD,
-            table=table if ring else None,
-            k_scale=scales[1] if ring and scales is not None else None,
-            block_v=self.tuning.block_v,
+            block_f=self.tuning.block_f,
         )
         if self.side is None:
             launch.run()
@@ -271,7 +263,18 @@ class TritonStep:
             self.side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.side):
                 launch.run()
-        return linear_BHD
+        if window is None:
+            return LinearParts(read=read, phi_q=heads.phi_q, phi_k=heads.phi_k)
+        return LinearParts(
+            read=read,
+            phi_q=heads.phi_q,
+            phi_k=heads.phi_k,
+            v=v,
+            window=window,
+            length=clock.position_B,
+            active=clock.active_B,
+            absorbed=clock.absorbed[window],
+        )
 
 
 class TritonStepper(EagerStepper):

@@ -6,6 +6,7 @@ Letters: B rows, H query heads, G KV heads, D head width, W model width (scan_ke
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scan_kernels.kernels.decode_state import map_options, store_features
 from scan_kernels.kernels.launch import Launch
 
 
@@ -46,6 +48,20 @@ def launch_add_norm(h_BW: Tensor, delta_BW: Tensor | None, weight_W: Tensor, eps
 
 
 @triton.jit
+def _unrotated(p_k, table, t, D: tl.constexpr):
+    """A key of the ring before RoPE, fp32."""
+    o_d = tl.arange(0, D)
+    x = tl.load(p_k + o_d).to(tl.float32)
+    if table is not None:
+        half: tl.constexpr = D // 2
+        partner = tl.load(p_k + (o_d + half) % D).to(tl.float32)
+        cos = tl.load(table + t * 2 * D + o_d)
+        sin = tl.load(table + t * 2 * D + D + o_d)
+        x = x * cos + tl.where(o_d < half, partner, -partner) * sin
+    return x
+
+
+@triton.jit
 def heads_kernel(
     qkv,
     q_weight,
@@ -55,29 +71,54 @@ def heads_kernel(
     table,
     length,
     active,
+    absorbed,
     q_softmax,
-    q_linear,
+    phi_q,
     k_cache,
     v_cache,
-    k_linear,
+    phi_k,
     v_linear,
     S,
+    P,
+    window,
     eps,
+    first_program,
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
+    MAP: tl.constexpr,
+    HALVES: tl.constexpr,
 ):
-    """One head of one row's q, k or v: its norm, its rotation, its places. Outputs that are None are not wanted."""
-    head, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """One head of one row's q, k or v: its norm, its rotation, its places. Outputs that are None are not wanted.
+
+    The programs behind those: features of one key of the ring that is not yet in the state.
+    """
+    head, b = tl.program_id(0) + first_program, tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, D)
-    half: tl.constexpr = D // 2
-    o_partner = (o_d + half) % D
-    p_x = qkv + (b * (H + 2 * G) + head) * D
-    x = tl.load(p_x + o_d)
-    dtype = x.dtype
     t = tl.load(length + b)
     runs = tl.load(active + b) != 0
-    if head < H + G:
+    if head >= H + 2 * G:
+        if absorbed is not None:
+            g, i = (head - H - 2 * G) // P, (head - H - 2 * G) % P
+            position = tl.load(absorbed + b) + i
+            if runs and position <= t - window:
+                x = _unrotated(k_cache + ((b * G + g) * S + position % S) * D, table, position, D)
+                if k_scale is not None:
+                    x = x * tl.load(k_scale + o_d).to(tl.float32)
+                store_features(phi_k + ((b * G + g) * P + i) * HALVES * D, x, D, MAP, HALVES)
+    elif head >= H + G:
+        g = head - H - G
+        x = tl.load(qkv + (b * (H + 2 * G) + head) * D + o_d)
+        if v_cache is not None and runs:
+            tl.store(v_cache + ((b * G + g) * S + t % S) * D + o_d, x)
+        if v_linear is not None:
+            tl.store(v_linear + (b * G + g) * D + o_d, x)
+    else:
+        half: tl.constexpr = D // 2
+        o_partner = (o_d + half) % D
+        p_x = qkv + (b * (H + 2 * G) + head) * D
+        x = tl.load(p_x + o_d)
+        dtype = x.dtype
         y = x.to(tl.float32)
         partner = tl.load(p_x + o_partner).to(tl.float32)
         if q_weight is not None:
@@ -95,26 +136,18 @@ def heads_kernel(
         if head < H:
             if q_softmax is not None:
                 tl.store(q_softmax + (b * H + head) * D + o_d, rotated.to(dtype))
-            if q_linear is not None:
-                z = y
+            if phi_q is not None:
                 if q_scale is not None:
-                    z = y * tl.load(q_scale + o_d).to(tl.float32)
-                tl.store(q_linear + (b * H + head) * D + o_d, z.to(dtype))
+                    y = (y * tl.load(q_scale + o_d).to(tl.float32)).to(dtype).to(tl.float32)
+                store_features(phi_q + (b * H + head) * HALVES * D, y, D, MAP, HALVES)
         else:
             g = head - H
             if k_cache is not None and runs:
                 tl.store(k_cache + ((b * G + g) * S + t % S) * D + o_d, rotated.to(dtype))
-            if k_linear is not None:
-                z = y
+            if v_linear is not None:
                 if k_scale is not None:
-                    z = y * tl.load(k_scale + o_d).to(tl.float32)
-                tl.store(k_linear + (b * G + g) * D + o_d, z.to(dtype))
-    else:
-        g = head - H - G
-        if v_cache is not None and runs:
-            tl.store(v_cache + ((b * G + g) * S + t % S) * D + o_d, x)
-        if v_linear is not None:
-            tl.store(v_linear + (b * G + g) * D + o_d, x)
+                    y = (y * tl.load(k_scale + o_d).to(tl.float32)).to(dtype).to(tl.float32)
+                store_features(phi_k + (b * G + g) * HALVES * D, y, D, MAP, HALVES)
 
 
 @triton.jit
@@ -141,6 +174,20 @@ def launch_gate(gate_up_BW: Tensor, out_BW: Tensor, *, activation: str) -> Launc
     return Launch(gate_kernel, (triton.cdiv(W, 1024), B), args, {"num_warps": 4, "num_stages": 1})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """What `launch_heads` writes beside the cache; None where a layer has no such branch.
+
+    q_softmax (B, H, D) after RoPE. phi_q (B, H, F) and phi_k (B, G, P, F), fp32: of the keys that are not in the state,
+    or, without a ring, of the token's own with its v_linear (B, G, D).
+    """
+
+    q_softmax: Tensor | None
+    phi_q: Tensor | None
+    phi_k: Tensor | None
+    v_linear: Tensor | None
+
+
 def launch_heads(
     qkv_BX: Tensor,
     *,
@@ -153,21 +200,29 @@ def launch_heads(
     length_B: Tensor,
     active_B: Tensor,
     cache: tuple[Tensor, Tensor] | None,
-    linear: bool,
-) -> tuple[Launch, dict[str, Tensor | None]]:
-    """The launch, and its outputs by name: q_softmax, q_linear (B, H, D), k_linear, v_linear (B, G, D).
+    feature_map: str | None,
+    window: int | None = None,
+    absorbed_B: Tensor | None = None,
+) -> tuple[list[Launch], Heads]:
+    """The launches in their order, and their outputs.
 
-    cache: k and v (B, G, S, D), which take token t in. linear: q_linear is wanted; without a cache also k and v.
+    cache: k and v (B, G, S, D), which take token t in. feature_map: of the linear branch, if the layer has one; window
+    and absorbed_B belong to it and to the ring.
     """
-    B = qkv_BX.shape[0]
-    alone = cache is None
-    outputs: dict[str, Tensor | None] = {
-        "q_softmax": None if alone else qkv_BX.new_empty(B, H, D),
-        "q_linear": qkv_BX.new_empty(B, H, D) if linear else None,
-        "k_linear": qkv_BX.new_empty(B, G, D) if alone else None,
-        "v_linear": qkv_BX.new_empty(B, G, D) if alone else None,
-    }
+    B, alone, linear = qkv_BX.shape[0], cache is None, feature_map is not None
     k_cache, v_cache = cache or (None, None)
+    S = 1 if k_cache is None else k_cache.shape[2]
+    behind = 0 if window is None else window
+    maps = map_options(feature_map) if feature_map is not None else {"MAP": 0, "HALVES": 1}
+    F = maps["HALVES"] * D
+    # A ring holds a window and P keys, unless the longest sequence is shorter.
+    P = max(S - behind, 1) if absorbed_B is not None else 1
+    heads = Heads(
+        q_softmax=None if alone else qkv_BX.new_empty(B, H, D),
+        phi_q=qkv_BX.new_empty(B, H, F, dtype=torch.float32) if linear else None,
+        phi_k=qkv_BX.new_empty(B, G, P, F, dtype=torch.float32) if linear else None,
+        v_linear=qkv_BX.new_empty(B, G, D) if alone else None,
+    )
     q_weight, k_weight, eps = norms or (None, None, 0.0)
     q_scale, k_scale = scales or (None, None)
     args = {
@@ -179,16 +234,32 @@ def launch_heads(
         "table": table,
         "length": length_B,
         "active": active_B.view(torch.uint8),
-        **outputs,
+        "absorbed": absorbed_B,
+        "q_softmax": heads.q_softmax,
+        "phi_q": heads.phi_q,
         "k_cache": k_cache,
         "v_cache": v_cache,
-        "S": 1 if k_cache is None else k_cache.shape[2],
+        "phi_k": heads.phi_k,
+        "v_linear": heads.v_linear,
+        "S": S,
+        "P": P,
+        "window": behind,
         "eps": eps,
+        "first_program": 0,
         "H": H,
         "G": G,
         "D": D,
+        **maps,
     }
-    return Launch(heads_kernel, (H + 2 * G, B), args, {"num_warps": 1, "num_stages": 1}), outputs
+    options = {"num_warps": 1, "num_stages": 1}
+    own, pending = H + 2 * G, 0 if absorbed_B is None else G * P
+    if pending and behind == 0:
+        # The token's own key is one of them: the second launch reads what the first writes.
+        later = args | {"first_program": own}
+        launches = [Launch(heads_kernel, (own, B), args, options), Launch(heads_kernel, (pending, B), later, options)]
+    else:
+        launches = [Launch(heads_kernel, (own + pending, B), args, options)]
+    return launches, heads
 
 
 def row_norm_eps(norm: Any) -> float:

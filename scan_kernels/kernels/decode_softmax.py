@@ -6,6 +6,8 @@ Slot s holds the newest position p(s) <= t with p(s) mod S = s; the order of slo
 Letters: B rows, G KV heads, R query heads of a KV head (one tile, since they share keys), S slots, D width.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -97,17 +99,32 @@ def decode_combine_kernel(
     partial_max,
     partial_sum,
     linear,
+    phi_q,
+    phi_k,
+    v,
+    length,
+    active,
+    absorbed,
     softmax_weight,
     linear_weight,
     out,
     splits,
+    state_splits,
+    S,
+    P,
+    window,
     eps,
     R: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
+    F: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    """norm(softmax branch) + norm(linear branch) of one query head; a branch or its norm may be None."""
+    """norm(softmax branch) + norm(linear branch) of one query head; a branch or its norm may be None.
+
+    The linear branch is what the state gave, and, with a ring, the pending keys by their features.
+    """
     bh = tl.program_id(0).to(tl.int64)
     h = bh % H
     bg, r = bh // R, bh % R
@@ -134,7 +151,23 @@ def decode_combine_kernel(
             b_o = _head_norm(b_o, tl.load(softmax_weight + h * D + o_d).to(tl.float32), eps, D)
         total += b_o
     if linear is not None:
-        b_l = tl.load(linear + bh * D + o_d)
+        b_l = tl.zeros((D,), tl.float32)
+        for i in range(0, state_splits):
+            b_l += tl.load(linear + (bh * state_splits + i) * D + o_d)
+        if absorbed is not None:
+            b = bh // H
+            before = tl.load(absorbed + b)
+            pending = tl.where(tl.load(active + b) != 0, tl.load(length + b) - window - before, 0).to(tl.int32)
+            o_f = tl.arange(0, F)
+            b_q = tl.load(phi_q + bh * F + o_f)
+            for first in range(0, pending, BLOCK_P):
+                o_p = first + tl.arange(0, BLOCK_P)
+                m_p = o_p < pending
+                p_k = phi_k + (bg * P + o_p[:, None]) * F + o_f[None, :]
+                weight = tl.sum(tl.load(p_k, mask=m_p[:, None], other=0.0) * b_q[None, :], 1)
+                p_v = v + (bg * S + (before + o_p[:, None]) % S) * D + o_d[None, :]
+                value = tl.load(p_v, mask=m_p[:, None], other=0.0).to(tl.float32)
+                b_l += tl.sum(weight[:, None] * value, 0)
         if linear_weight is not None:
             b_l = _head_norm(b_l, tl.load(linear_weight + h * D + o_d).to(tl.float32), eps, D)
         total += b_l
@@ -196,9 +229,27 @@ def launch_decode_softmax_fwd(
     return Launch(decode_softmax_fwd_kernel, (splits, B * G), args, options), partial, partial_max, partial_sum
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinearParts:
+    """What the linear branch of a step consists of.
+
+    read: (B, H, splits, D) of `launch_decode_state_fwd`. With a ring also its values v (B, G, S, D), the features of
+    queries (B, H, F) and pending keys (B, G, P, F), and the clock.
+    """
+
+    read: Tensor
+    phi_q: Tensor
+    phi_k: Tensor
+    v: Tensor | None = None
+    window: int = 0
+    length: Tensor | None = None
+    active: Tensor | None = None
+    absorbed: Tensor | None = None
+
+
 def launch_decode_combine(
     partials: tuple[Tensor, Tensor, Tensor] | None,
-    linear_BHD: Tensor | None,
+    linear: LinearParts | None,
     *,
     softmax_weight: Tensor | None,
     linear_weight: Tensor | None,
@@ -208,19 +259,36 @@ def launch_decode_combine(
     """`out` = norm(softmax branch) + norm(linear branch); partials as `launch_decode_softmax_fwd` returns them."""
     B, H, D = out_BHD.shape
     partial, partial_max, partial_sum = partials or (None, None, None)
+    R = 1
+    if linear is not None:
+        R = H // linear.phi_k.shape[1]
+    elif partial is not None:
+        R = partial.shape[3]
     args = {
         "partial": partial,
         "partial_max": partial_max,
         "partial_sum": partial_sum,
-        "linear": linear_BHD,
+        "linear": None if linear is None else linear.read,
+        "phi_q": None if linear is None else linear.phi_q,
+        "phi_k": None if linear is None else linear.phi_k,
+        "v": None if linear is None else linear.v,
+        "length": None if linear is None else linear.length,
+        "active": None if linear is None or linear.active is None else linear.active.view(torch.uint8),
+        "absorbed": None if linear is None else linear.absorbed,
         "softmax_weight": softmax_weight,
         "linear_weight": linear_weight,
+        "eps": eps,
         "out": out_BHD,
         "splits": 0 if partial is None else partial.shape[2],
-        "eps": eps,
-        "R": 1 if partial is None else partial.shape[3],
+        "state_splits": 0 if linear is None else linear.read.shape[2],
+        "S": 0 if linear is None or linear.v is None else linear.v.shape[2],
+        "P": 0 if linear is None else linear.phi_k.shape[2],
+        "window": 0 if linear is None else linear.window,
+        "R": R,
         "H": H,
         "D": D,
+        "F": 0 if linear is None else linear.phi_q.shape[2],
         "BLOCK_SPLITS": 16,
+        "BLOCK_P": 8,
     }
     return Launch(decode_combine_kernel, (B * H,), args, {"num_warps": 4, "num_stages": 1})

@@ -1,13 +1,14 @@
-"""Decode: one token of the linear branch. The state is read, and written only when keys enter it.
+"""Decode: one token of the linear branch. The state is read once a step, and written only when keys enter it.
 
     o_t = phi(q_t) (S + sum over absorbed <= p <= t - window - 1 of phi(k_p)^T v_p)
 
-The state holds the keys p < absorbed. Those behind it are added to the copy in registers, so that all heads of a group
-read one state; where `absorbed_after` says so, key t - window is added as well, which the next query reads, and the
-state is stored. It is fp32 throughout and rounded nowhere. Keys lie in the ring after RoPE and are turned back here.
-Without a softmax branch (`ring` False) key t enters before the read, every step.
+The state S holds the keys p < absorbed. What it gives to a query is computed here, a block of features a program, for
+all heads of a group; the pending keys behind it are added where the parts are put together (decode_softmax.py), from
+features that are made once a step. Where `absorbed_after` says so, all pending keys and key t - window, which the next
+query reads, are added to the state, and it is stored. It is fp32 throughout and rounded nowhere.
+Without a softmax branch (window None) key t enters before the read, every step.
 
-A program has all F features of BLOCK_V value columns. Letters as in decode_softmax.py; F = D or 2D features.
+Letters as in decode_softmax.py; F = D or 2D features, P features of pending keys.
 """
 
 import torch
@@ -27,6 +28,12 @@ _MAPS = {
 }
 
 
+def map_options(feature_map: FeatureMap | str) -> dict[str, int]:
+    """MAP and HALVES of `store_features`."""
+    known = FeatureMap(feature_map)
+    return {"MAP": _MAPS[known], "HALVES": 2 if known in PAIRED else 1}
+
+
 @triton.jit
 def _phi(x, MAP: tl.constexpr):
     """A half of phi of one vector, fp32."""
@@ -39,158 +46,109 @@ def _phi(x, MAP: tl.constexpr):
 
 
 @triton.jit
-def _ring_key(p_k, table, k_scale, position, slot, D: tl.constexpr):
-    """The key of a slot before RoPE, scaled for the linear branch, fp32."""
+def store_features(p_phi, x, D: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr):
+    """phi(x) of one vector of D, HALVES * D of fp32, to p_phi on."""
     o_d = tl.arange(0, D)
-    x = tl.load(p_k + slot * D + o_d).to(tl.float32)
-    if table is not None:
-        half: tl.constexpr = D // 2
-        partner = tl.load(p_k + slot * D + (o_d + half) % D).to(tl.float32)
-        cos = tl.load(table + position * 2 * D + o_d)
-        sin = tl.load(table + position * 2 * D + D + o_d)
-        x = x * cos + tl.where(o_d < half, partner, -partner) * sin
-    if k_scale is not None:
-        x = x * tl.load(k_scale + o_d).to(tl.float32)
-    return x
+    tl.store(p_phi + o_d, _phi(x, MAP))
+    if HALVES == 2:
+        tl.store(p_phi + D + o_d, _phi(-x, MAP))
 
 
 @triton.jit
 def decode_state_fwd_kernel(
-    q,
-    k,
+    phi_q,
+    phi_k,
     v,
     state,
     start,
-    table,
-    k_scale,
     out,
-    length,
     active,
     absorbed,
     absorbed_after,
     S,
-    window,
+    P,
+    splits,
     G: tl.constexpr,
     R: tl.constexpr,
-    D: tl.constexpr,
+    F: tl.constexpr,
     DV: tl.constexpr,
-    MAP: tl.constexpr,
-    HALVES: tl.constexpr,
     RING: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):
-    bg = tl.program_id(1).to(tl.int64)
+    split, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b = bg // G
     runs = tl.load(active + b) != 0
-    o_d = tl.arange(0, D)
-    o_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    p_tile = o_d[:, None] * DV + o_v[None, :]
-    p_state = state + bg * (HALVES * D * DV) + p_tile
-    b_s = tl.load(p_state)
-    b_n = tl.zeros_like(b_s)
-    if HALVES == 2:
-        b_n = tl.load(p_state + D * DV)
-    t = tl.load(length + b)
-    stores = runs
-    if RING:
-        p_k, p_v = k + bg * S * D, v + bg * S * DV
-        before = tl.load(absorbed + b)
-        stores = tl.load(absorbed_after + b) > before
-        pending = tl.where(runs, t - window - before, 0).to(tl.int32)
-        for i in range(0, pending):
-            position = before + i
-            slot = position % S
-            x = _ring_key(p_k, table, k_scale, position, slot, D)
-            value = tl.load(p_v + slot * DV + o_v).to(tl.float32)
-            b_s += _phi(x, MAP)[:, None] * value[None, :]
-            if HALVES == 2:
-                b_n += _phi(-x, MAP)[:, None] * value[None, :]
-    elif runs:
-        x = tl.load(k + bg * D + o_d).to(tl.float32)
+    o_f = split * BLOCK_F + tl.arange(0, BLOCK_F)
+    o_v = tl.arange(0, DV)
+    p_tile = o_f[:, None] * DV + o_v[None, :]
+    p_state = state + bg * (F * DV) + p_tile
+    # A row that rests reads nothing.
+    b_s = tl.load(p_state, mask=runs, other=0.0)
+    p_phi_k = phi_k + bg * P * F + o_f
+    if not RING:
         value = tl.load(v + bg * DV + o_v).to(tl.float32)
-        b_s += _phi(x, MAP)[:, None] * value[None, :]
-        if HALVES == 2:
-            b_n += _phi(-x, MAP)[:, None] * value[None, :]
+        b_s += tl.load(p_phi_k)[:, None] * value[None, :]
     for r in tl.static_range(R):
-        x = tl.load(q + (bg * R + r) * D + o_d).to(tl.float32)
-        phi = _phi(x, MAP)
-        read = tl.sum(phi[:, None] * b_s, 0)
+        phi = tl.load(phi_q + (bg * R + r) * F + o_f)
+        b_r = b_s
         if start is not None:
             h = (bg % G) * R + r
-            p_start = start + h * (HALVES * D * DV) + p_tile
-            read += tl.sum(phi[:, None] * tl.load(p_start), 0)
-        if HALVES == 2:
-            phi = _phi(-x, MAP)
-            read += tl.sum(phi[:, None] * b_n, 0)
-            if start is not None:
-                h = (bg % G) * R + r
-                p_start = start + h * (HALVES * D * DV) + p_tile
-                read += tl.sum(phi[:, None] * tl.load(p_start + D * DV), 0)
-        tl.store(out + (bg * R + r) * DV + o_v, read)
-    if stores:
-        if RING:
-            position = t - window
-            slot = position % S
-            x = _ring_key(p_k, table, k_scale, position, slot, D)
-            value = tl.load(p_v + slot * DV + o_v).to(tl.float32)
-            b_s += _phi(x, MAP)[:, None] * value[None, :]
-            if HALVES == 2:
-                b_n += _phi(-x, MAP)[:, None] * value[None, :]
+            b_r += tl.load(start + h * (F * DV) + p_tile)
+        tl.store(out + ((bg * R + r) * splits + split) * DV + o_v, tl.sum(phi[:, None] * b_r, 0))
+    if RING:
+        before = tl.load(absorbed + b)
+        count = (tl.load(absorbed_after + b) - before).to(tl.int32)
+        if count > 0:
+            for i in range(0, count):
+                value = tl.load(v + (bg * S + (before + i) % S) * DV + o_v).to(tl.float32)
+                b_s += tl.load(p_phi_k + i * F)[:, None] * value[None, :]
+            tl.store(p_state, b_s)
+    elif runs:
         tl.store(p_state, b_s)
-        if HALVES == 2:
-            tl.store(p_state + D * DV, b_n)
 
 
 def launch_decode_state_fwd(
-    q_BHD: Tensor,
-    k: Tensor,
+    phi_q_BHF: Tensor,
+    phi_k_BGPF: Tensor,
     v: Tensor,
     state_BGFD: Tensor,
-    length_B: Tensor,
     active_B: Tensor,
     *,
-    feature_map: FeatureMap | str,
-    window: int | None,
     absorbed_B: Tensor | None = None,
     absorbed_after_B: Tensor | None = None,
     start_HFD: Tensor | None = None,
-    table: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    block_v: int = 32,
-    num_warps: int = 4,
+    block_f: int = 64,
+    num_warps: int | None = None,
 ) -> tuple[Launch, Tensor]:
-    """The launch, and its output (B, H, Dv) in fp32.
+    """The launch, and its output (B, H, splits, Dv) in fp32, to be summed over the splits of the features.
 
-    k, v: the ring (B, G, S, D) that holds token t already, or with window None the new ones (B, G, D), scaled.
-    q: before RoPE, scaled. table: cos and sin by position (max, 2D), if the ring's keys are rotated.
+    v: the ring (B, G, S, D) with absorbed and absorbed_after; without these the token's own (B, G, D), phi_k of P = 1.
     """
-    B, H, D = q_BHD.shape
-    G, _, DV = state_BGFD.shape[1:]
-    out = torch.empty(B, H, DV, dtype=torch.float32, device=q_BHD.device)
-    block_v = min(block_v, DV)
+    B, H, F = phi_q_BHF.shape
+    G, DV = state_BGFD.shape[1], state_BGFD.shape[3]
+    block_f = min(block_f, F)
+    out = torch.empty(B, H, F // block_f, DV, dtype=torch.float32, device=phi_q_BHF.device)
     args = {
-        "q": q_BHD,
-        "k": k,
+        "phi_q": phi_q_BHF,
+        "phi_k": phi_k_BGPF,
         "v": v,
         "state": state_BGFD,
         "start": start_HFD,
-        "table": table,
-        "k_scale": k_scale,
         "out": out,
-        "length": length_B,
         "active": active_B.view(torch.uint8),
         "absorbed": absorbed_B,
         "absorbed_after": absorbed_after_B,
-        "S": 0 if window is None else k.shape[2],
-        "window": 0 if window is None else window,
+        "S": 0 if absorbed_B is None else v.shape[2],
+        "P": phi_k_BGPF.shape[2],
+        "splits": F // block_f,
         "G": G,
         "R": H // G,
-        "D": D,
+        "F": F,
         "DV": DV,
-        "MAP": _MAPS[FeatureMap(feature_map)],
-        "HALVES": 2 if FeatureMap(feature_map) in PAIRED else 1,
-        "RING": window is not None,
-        "BLOCK_V": block_v,
+        "RING": absorbed_B is not None,
+        "BLOCK_F": block_f,
     }
+    # A start state takes as many registers again.
+    num_warps = num_warps or (4 if start_HFD is None else 8)
     options = {"num_warps": num_warps, "num_stages": 1}
-    return Launch(decode_state_fwd_kernel, (DV // block_v, B * G), args, options), out
+    return Launch(decode_state_fwd_kernel, (F // block_f, B * G), args, options), out

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from flexrattn.decode.glue import launch_add_norm, launch_gate, launch_heads
-from scan_kernels.kernels.decode_softmax import launch_decode_combine, launch_decode_softmax_fwd
+from scan_kernels.kernels.decode_softmax import LinearParts, launch_decode_combine, launch_decode_softmax_fwd
 from scan_kernels.kernels.decode_state import launch_decode_state_fwd
 from scan_kernels.kernels.launch import Launch
 
@@ -27,28 +27,34 @@ def launches(dtype: torch.dtype = torch.bfloat16, D: int = 128, options: bool = 
     for name, window in (("ring", 512), ("all", None)):
         launch, *partials = launch_decode_softmax_fwd(q, k, v, length, active, window=window, scale=0.1, splits=3)
         yield f"softmax {name}", launch
-    for name, ring in (("ring", True), ("alone", False)):
-        launch, linear = launch_decode_state_fwd(
-            q,
-            k if ring else empty(B, G, D, dtype=dtype),
+    phi_q = empty(B, H, 2 * D, dtype=fp32)
+    for name, ring in (("alone", False), ("ring", True)):
+        phi_k = empty(B, G, S - 512 if ring else 1, 2 * D, dtype=fp32)
+        launch, read = launch_decode_state_fwd(
+            phi_q,
+            phi_k,
             v if ring else empty(B, G, D, dtype=dtype),
             empty(B, G, 2 * D, D, dtype=fp32),
-            length,
             active,
-            feature_map="softmax",
-            window=512 if ring else None,
             absorbed_B=length if ring else None,
             absorbed_after_B=length if ring else None,
             start_HFD=empty(H, 2 * D, D, dtype=fp32) if options else None,
-            table=table if ring else None,
-            k_scale=scale if options and ring else None,
         )
         yield f"state {name}", launch
     yield (
         "combine",
         launch_decode_combine(
             (partials[0], partials[1], partials[2]),
-            linear,
+            LinearParts(
+                read=read,
+                phi_q=phi_q,
+                phi_k=phi_k,
+                v=v,
+                window=512,
+                length=length,
+                active=active,
+                absorbed=length,
+            ),
             softmax_weight=norm,
             linear_weight=norm,
             eps=1e-8,
@@ -72,6 +78,8 @@ def launches(dtype: torch.dtype = torch.bfloat16, D: int = 128, options: bool = 
                 length_B=length,
                 active_B=active,
                 cache=cache,
-                linear=True,
-            )[0],
+                feature_map="softmax",
+                window=None if cache is None else 512,
+                absorbed_B=None if cache is None else length,
+            )[0][0],
         )
