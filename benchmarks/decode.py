@@ -10,6 +10,7 @@ What each column means: docs/generate.md.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import logging
 import statistics
@@ -158,9 +159,8 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--window", type=int, default=512, help="of RAttention")
     add("--swa-window", type=int, default=4096)
     add("--only", nargs="+", metavar="NAME", help="arms by the beginnings of their names: RAttention SWA full")
-    add("--waves", type=int, default=Tuning.waves, help="softmax programs a multiprocessor")
-    add("--block-f", type=int, default=Tuning.block_f, help="features of a state program")
-    add("--overlap", action="store_true", default=Tuning.overlap, help="softmax and state kernels beside each other")
+    known = ", ".join(each.name for each in dataclasses.fields(Tuning))
+    add("--tuning", nargs="+", default=[], metavar="KEY=VALUE", help=f"how the kernels are launched: {known}")
     add("--fold-every", type=int, default=GraphStepper.fold_every, help="keys that enter a state at a time")
 
 
@@ -195,6 +195,17 @@ def points_of(options: argparse.Namespace) -> list[tuple[int, int]]:
     if options.fold_every < 1 or STEPS % options.fold_every:
         raise ValueError(f"--fold-every must divide {STEPS}, got {options.fold_every}")
     return sorted(dict.fromkeys(points), key=lambda point: point[0] * point[1])
+
+
+def tuning_of(options: argparse.Namespace) -> Tuning:
+    known = [each.name for each in dataclasses.fields(Tuning)]
+    values: dict[str, int] = {}
+    for given in options.tuning:
+        name, _, value = given.partition("=")
+        if name not in known or not value.isdigit():
+            raise ValueError(f"--tuning takes KEY=NUMBER with a key of {', '.join(known)}; got {given!r}")
+        values[name] = int(value)
+    return Tuning(**values)
 
 
 def chosen_arms(options: argparse.Namespace) -> list[Arm]:
@@ -309,7 +320,7 @@ def gate(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: tor
 def make_step(
     arm: Arm, model: RAttentionModel, cache: DecodeCache, kernel: str, options: argparse.Namespace
 ) -> TritonStep:
-    tuning = Tuning(waves=options.waves, block_f=options.block_f, overlap=options.overlap)
+    tuning = tuning_of(options)
     if not arm.library:
         return TritonStep(model, cache, tuning=tuning)
     step = LibraryStep(model, cache, tuning=tuning)
@@ -434,6 +445,7 @@ def benchmark(
     """Gate every arm, then the rows of each point."""
     about = environment(device)
     chosen = chosen_arms(options)
+    tuning_of(options)
     bandwidth, flops = bandwidth_and_flops(device)
     print(f"measured: {bandwidth / 1e12:.2f} TB/s copied, {flops / 1e12:.0f} TFLOP/s in bf16 products", flush=True)
     longest = max(T for _, T in [*points, *((1, T) for T in options.largest)])

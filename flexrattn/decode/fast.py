@@ -1,8 +1,7 @@
 """A step by Triton kernels, and on a GPU as one CUDA graph: sampling included, and nothing for the host to wait for.
 
-Eleven launches a layer: norm, the q, k, v product, heads (norms, rotation, the cache's new key), the softmax branch
-over the ring, the linear branch, their sum, the output product, norm, and the feed-forward's two products with the gate
-between.
+Ten launches a layer: norm, the q, k, v product, heads (norms, rotation, the cache's new key), both branches, their sum,
+the output product, norm, and the feed-forward's two products with the gate between.
 q, k, v and gate, up are one product each: their weights are moved behind one another, and the modules keep views.
 
 Letters: B rows, W model width, the others as in cache.py.
@@ -10,6 +9,7 @@ Letters: B rows, W model width, the others as in cache.py.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from flexrattn.model import Block, RAttentionModel
 
 if TYPE_CHECKING:
     from flexrattn.decode.glue import Heads
-    from scan_kernels.kernels.decode_softmax import LinearParts
+    from scan_kernels.kernels.decode_attention import LinearBranch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = (16, 32, 64, 128, 256)
@@ -92,13 +92,23 @@ def joined_weights(block: Block) -> tuple[Tensor, Tensor]:
 class Tuning:
     """How the kernels are launched; nothing here changes what is computed.
 
-    waves: programs of the softmax kernel that each multiprocessor gets, by splitting the keys.
-    block_f: features of a program of the state's kernel. overlap: the two run beside each other.
+    waves: programs that each multiprocessor gets for the softmax, by splitting the keys; ring_waves: in a layer with a
+    linear branch. The others, of such a layer: `launch_decode_attention_fwd`.
     """
 
     waves: int = 4
-    block_f: int = 64
-    overlap: bool = False
+    ring_waves: int = 3
+    num_warps: int = 1
+    num_stages: int = 3
+    block_s: int = 32
+    block_f: int = 16
+    block_v: int = 32
+    state_stages: int = 3
+
+    def of_both_branches(self) -> dict[str, int]:
+        """Options of `launch_decode_attention_fwd` for a layer with a linear branch."""
+        options = dataclasses.asdict(self)
+        return {name: options[name] for name in options if name not in ("waves", "ring_waves")}
 
 
 class TritonStep:
@@ -122,7 +132,6 @@ class TritonStep:
             on_gpu = cache.device.type == "cuda"
             multiprocessors = torch.cuda.get_device_properties(cache.device).multi_processor_count if on_gpu else 4
         self.model, self.cache, self.tuning = model, cache, tuning or Tuning()
-        self.side = torch.cuda.Stream() if self.tuning.overlap and cache.device.type == "cuda" else None
         self.weights = [
             self._prepare(block, layer, multiprocessors)
             for block, layer in zip(model.layers.values(), cache.layers, strict=True)
@@ -142,7 +151,8 @@ class TritonStep:
                 self.cache.rows * layer.spec.G,
                 max(layer.slots, 1),
                 multiprocessors=multiprocessors,
-                waves=self.tuning.waves,
+                waves=self.tuning.ring_waves if layer.spec.residual else self.tuning.waves,
+                block_s=self.tuning.block_s if layer.spec.residual else 64,
             ),
         )
 
@@ -175,7 +185,8 @@ class TritonStep:
         self, attention: RAttention, layer: LayerCache, weights: _Weights, qkv_BX: Tensor, clock: Clock
     ) -> Tensor:
         from flexrattn.decode.glue import launch_heads, row_norm_eps
-        from scan_kernels.kernels.decode_softmax import launch_decode_combine, launch_decode_softmax_fwd
+        from scan_kernels.kernels.decode_attention import SoftmaxBranch, launch_decode_attention_fwd
+        from scan_kernels.kernels.decode_combine import launch_decode_combine
 
         spec = layer.spec
         table = None if attention.rope is None else attention.rope.cache
@@ -203,30 +214,29 @@ class TritonStep:
         )
         for launch in launches:
             launch.run()
-        partials = None
-        linear = self._read_state(layer, weights, heads, clock) if spec.residual else None
+        linear = self._linear_branch(layer, weights, heads, clock) if spec.residual else None
+        softmax = None
         if k_BGSD is not None and v_BGSD is not None:
             assert heads.q_softmax is not None
-            scale = spec.D**-0.5 if attention.scaling is None else attention.scaling
-            launch, *found = launch_decode_softmax_fwd(
-                heads.q_softmax,
-                k_BGSD,
-                v_BGSD,
-                clock.position_B,
-                clock.active_B,
+            softmax = SoftmaxBranch(
+                q=heads.q_softmax,
+                k=k_BGSD,
+                v=v_BGSD,
                 window=spec.window,
-                scale=scale,
+                scale=spec.D**-0.5 if attention.scaling is None else attention.scaling,
                 splits=weights.splits,
             )
-            launch.run()
-            partials = found[0], found[1], found[2]
-        if spec.residual and self.side is not None:
-            torch.cuda.current_stream().wait_stream(self.side)
+        tuning = {} if linear is None else self.tuning.of_both_branches()
+        position_B, active_B = clock.position_B, clock.active_B
+        launch, parts = launch_decode_attention_fwd(softmax, linear, position_B, active_B, **tuning)
+        launch.run()
         out_BHD = qkv_BX.new_empty(qkv_BX.shape[0], spec.H, spec.D)
         norm = attention.swa_norm or attention.rla_norm
         launch_decode_combine(
-            partials,
+            parts,
             linear,
+            position_B,
+            active_B,
             softmax_weight=attention.swa_norm.weight if attention.swa_norm is not None else None,
             linear_weight=attention.rla_norm.weight if attention.rla_norm is not None else None,
             eps=norm.eps if norm is not None else 0.0,
@@ -234,10 +244,8 @@ class TritonStep:
         ).run()
         return out_BHD
 
-    def _read_state(self, layer: LayerCache, weights: _Weights, heads: Heads, clock: Clock) -> LinearParts:
-        """What the state gives to the queries, on the side stream where there is one."""
-        from scan_kernels.kernels.decode_softmax import LinearParts
-        from scan_kernels.kernels.decode_state import launch_decode_state_fwd
+    def _linear_branch(self, layer: LayerCache, weights: _Weights, heads: Heads, clock: Clock) -> LinearBranch:
+        from scan_kernels.kernels.decode_attention import LinearBranch
 
         window = layer.spec.window
         v = heads.v_linear if window is None else layer.v_BGSD
@@ -245,35 +253,15 @@ class TritonStep:
         assert heads.phi_k is not None
         assert layer.state_BGFD is not None
         assert v is not None
-        launch, read = launch_decode_state_fwd(
-            heads.phi_q,
-            heads.phi_k,
-            v,
-            layer.state_BGFD,
-            clock.active_B,
-            absorbed_B=None if window is None else clock.absorbed[window],
-            absorbed_after_B=None if window is None else clock.absorbed_after[window],
-            start_HFD=weights.start_HFD,
-            block_f=self.tuning.block_f,
-        )
-        if self.side is None:
-            launch.run()
-        else:
-            # Its tensors belong to the main stream, which waits for this one before the branches are added.
-            self.side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.side):
-                launch.run()
-        if window is None:
-            return LinearParts(read=read, phi_q=heads.phi_q, phi_k=heads.phi_k)
-        return LinearParts(
-            read=read,
+        return LinearBranch(
             phi_q=heads.phi_q,
             phi_k=heads.phi_k,
             v=v,
-            window=window,
-            length=clock.position_B,
-            active=clock.active_B,
-            absorbed=clock.absorbed[window],
+            state=layer.state_BGFD,
+            start=weights.start_HFD,
+            window=0 if window is None else window,
+            absorbed=None if window is None else clock.absorbed[window],
+            absorbed_after=None if window is None else clock.absorbed_after[window],
         )
 
 

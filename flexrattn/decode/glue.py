@@ -170,7 +170,13 @@ def gate_kernel(gate_up, out, W, GELU: tl.constexpr, BLOCK: tl.constexpr):
 
 def launch_gate(gate_up_BW: Tensor, out_BW: Tensor, *, activation: str) -> Launch:
     B, W = out_BW.shape
-    args = {"gate_up": gate_up_BW, "out": out_BW, "W": W, "GELU": activation == "gelu", "BLOCK": 1024}
+    args = {
+        "gate_up": gate_up_BW,
+        "out": out_BW,
+        "W": W,
+        "GELU": activation == "gelu",
+        "BLOCK": 1024,
+    }
     return Launch(gate_kernel, (triton.cdiv(W, 1024), B), args, {"num_warps": 4, "num_stages": 1})
 
 

@@ -2,23 +2,20 @@
 
     o_t = phi(q_t) (S + sum over absorbed <= p <= t - window - 1 of phi(k_p)^T v_p)
 
-The state S holds the keys p < absorbed. What it gives to a query is computed here, a block of features a program, for
-all heads of a group; the pending keys behind it are added where the parts are put together (decode_softmax.py), from
+The state S holds the keys p < absorbed. What it gives to a query is computed here, a block of columns a program, for
+all heads of a group; the pending keys behind it are added where the parts are put together (decode_combine.py), from
 features that are made once a step. Where `absorbed_after` says so, all pending keys and key t - window, which the next
 query reads, are added to the state, and it is stored. It is fp32 throughout and rounded nowhere.
 Without a softmax branch (window None) key t enters before the read, every step.
 
-Letters as in decode_softmax.py; F = D or 2D features, P features of pending keys.
+Letters: decode_attention.py, whose kernel calls this.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from scan_kernels.feature_maps import PAIRED, FeatureMap
 from scan_kernels.kernels.common import LOG2E, RELU, SOFTMAX
-from scan_kernels.kernels.launch import Launch
 
 _MAPS = {
     FeatureMap.SOFTMAX: 0,
@@ -55,100 +52,75 @@ def store_features(p_phi, x, D: tl.constexpr, MAP: tl.constexpr, HALVES: tl.cons
 
 
 @triton.jit
-def decode_state_fwd_kernel(
+def state_block(
     phi_q,
     phi_k,
     v,
     state,
     start,
-    out,
+    read,
     active,
     absorbed,
     absorbed_after,
+    block,
+    bg,
     S,
     P,
-    splits,
     G: tl.constexpr,
     R: tl.constexpr,
     F: tl.constexpr,
     DV: tl.constexpr,
     RING: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    split, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """BLOCK_V columns of one KV head's state: what they give to each head's query, and the keys that enter."""
     b = bg // G
     runs = tl.load(active + b) != 0
-    o_f = split * BLOCK_F + tl.arange(0, BLOCK_F)
-    o_v = tl.arange(0, DV)
-    p_tile = o_f[:, None] * DV + o_v[None, :]
-    p_state = state + bg * (F * DV) + p_tile
-    # A row that rests reads nothing.
-    b_s = tl.load(p_state, mask=runs, other=0.0)
-    p_phi_k = phi_k + bg * P * F + o_f
+    o_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    p_state = state + bg * (F * DV) + o_v[None, :]
+    p_start = start
+    if start is not None:
+        p_start = start + (bg % G) * R * (F * DV) + o_v[None, :]
+    p_phi_q, p_phi_k = phi_q + bg * R * F, phi_k + bg * P * F
+    o_r = tl.arange(0, BLOCK_H)
+    m_r = o_r < R
+    value = tl.zeros((BLOCK_V,), tl.float32)
     if not RING:
         value = tl.load(v + bg * DV + o_v).to(tl.float32)
-        b_s += tl.load(p_phi_k)[:, None] * value[None, :]
-    for r in tl.static_range(R):
-        phi = tl.load(phi_q + (bg * R + r) * F + o_f)
-        b_r = b_s
+    # Sums over features stay in their threads until the end: sums across threads are what takes time here.
+    b_sum = tl.zeros((BLOCK_H, BLOCK_F, BLOCK_V), tl.float32)
+    for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
+        o_f = first + tl.arange(0, BLOCK_F)
+        # A row that rests reads nothing.
+        b_s = tl.load(p_state + o_f[:, None] * DV, mask=runs, other=0.0)
+        if not RING:
+            b_s += tl.load(p_phi_k + o_f)[:, None] * value[None, :]
+            tl.store(p_state + o_f[:, None] * DV, b_s, mask=runs)
+        phi = tl.load(p_phi_q + o_r[:, None] * F + o_f[None, :], mask=m_r[:, None], other=0.0)
         if start is not None:
-            h = (bg % G) * R + r
-            b_r += tl.load(start + h * (F * DV) + p_tile)
-        tl.store(out + ((bg * R + r) * splits + split) * DV + o_v, tl.sum(phi[:, None] * b_r, 0))
+            p_start_r = p_start[None, :, :] + o_r[:, None, None] * (F * DV) + o_f[None, :, None] * DV
+            b_start = tl.load(p_start_r, mask=m_r[:, None, None], other=0.0)
+            b_sum += phi[:, :, None] * (b_s[None, :, :] + b_start)
+        else:
+            b_sum += phi[:, :, None] * b_s[None, :, :]
+    tl.store(read + (bg * R + o_r[:, None]) * DV + o_v[None, :], tl.sum(b_sum, 1), mask=m_r[:, None])
     if RING:
         before = tl.load(absorbed + b)
         count = (tl.load(absorbed_after + b) - before).to(tl.int32)
-        if count > 0:
-            for i in range(0, count):
-                value = tl.load(v + (bg * S + (before + i) % S) * DV + o_v).to(tl.float32)
-                b_s += tl.load(p_phi_k + i * F)[:, None] * value[None, :]
-            tl.store(p_state, b_s)
-    elif runs:
-        tl.store(p_state, b_s)
-
-
-def launch_decode_state_fwd(
-    phi_q_BHF: Tensor,
-    phi_k_BGPF: Tensor,
-    v: Tensor,
-    state_BGFD: Tensor,
-    active_B: Tensor,
-    *,
-    absorbed_B: Tensor | None = None,
-    absorbed_after_B: Tensor | None = None,
-    start_HFD: Tensor | None = None,
-    block_f: int = 64,
-    num_warps: int | None = None,
-) -> tuple[Launch, Tensor]:
-    """The launch, and its output (B, H, splits, Dv) in fp32, to be summed over the splits of the features.
-
-    v: the ring (B, G, S, D) with absorbed and absorbed_after; without these the token's own (B, G, D), phi_k of P = 1.
-    """
-    B, H, F = phi_q_BHF.shape
-    G, DV = state_BGFD.shape[1], state_BGFD.shape[3]
-    block_f = min(block_f, F)
-    out = torch.empty(B, H, F // block_f, DV, dtype=torch.float32, device=phi_q_BHF.device)
-    args = {
-        "phi_q": phi_q_BHF,
-        "phi_k": phi_k_BGPF,
-        "v": v,
-        "state": state_BGFD,
-        "start": start_HFD,
-        "out": out,
-        "active": active_B.view(torch.uint8),
-        "absorbed": absorbed_B,
-        "absorbed_after": absorbed_after_B,
-        "S": 0 if absorbed_B is None else v.shape[2],
-        "P": phi_k_BGPF.shape[2],
-        "splits": F // block_f,
-        "G": G,
-        "R": H // G,
-        "F": F,
-        "DV": DV,
-        "RING": absorbed_B is not None,
-        "BLOCK_F": block_f,
-    }
-    # A start state takes as many registers again.
-    num_warps = num_warps or (4 if start_HFD is None else 8)
-    options = {"num_warps": num_warps, "num_stages": 1}
-    return Launch(decode_state_fwd_kernel, (F // block_f, B * G), args, options), out
+        p_v = v + bg * S * DV + o_v[None, :]
+        for key in range(0, count, BLOCK_P):
+            # A thread may store what another one reads.
+            tl.debug_barrier()
+            o_p = key + tl.arange(0, BLOCK_P)
+            m_p = o_p < count
+            values = tl.load(p_v + (before + o_p[:, None]) % S * DV, mask=m_p[:, None], other=0.0).to(tl.float32)
+            for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
+                o_f = first + tl.arange(0, BLOCK_F)
+                b_s = tl.load(p_state + o_f[:, None] * DV)
+                phi_p = tl.load(p_phi_k + o_p[:, None] * F + o_f[None, :], mask=m_p[:, None], other=0.0)
+                b_s += tl.sum(phi_p[:, :, None] * values[:, None, :], 0)
+                tl.store(p_state + o_f[:, None] * DV, b_s)

@@ -137,7 +137,9 @@ def requests():
 
 
 @pytest.mark.parametrize(
-    "tuning", [Tuning(overlap=True), Tuning(waves=1, block_v=64), Tuning(waves=16, block_v=16)], ids=str
+    "tuning",
+    [Tuning(num_stages=2, block_s=32), Tuning(waves=1, block_f=32, num_warps=4), Tuning(ring_waves=16, block_v=16)],
+    ids=str,
 )
 def test_tuning_changes_nothing(tuning):
     """But the order in which splits are added: inside a graph, with rows of different lengths."""
@@ -242,16 +244,17 @@ def test_prefill_takes_what_the_forward_takes():
 
 
 def test_memory_of_local_layers_does_not_grow():
-    sizes = []
+    sizes, caches = [], []
     for length in (2048, 131072):
         model = build(dtype=torch.bfloat16, max_length=length, pattern=["local"])
         # What earlier tests left in cycles must not be freed in between.
         gc.collect()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
-        cache = cache_of(model, rows=4, max_length=length)
+        # Kept: a first one that is freed hides the second.
+        caches.append(cache_of(model, rows=4, max_length=length))
         sizes.append(torch.cuda.memory_allocated() - before)
-        assert abs(sizes[-1] / cache.nbytes - 1) < 0.01
+        assert abs(sizes[-1] / caches[-1].nbytes - 1) < 0.01
     assert sizes[0] == sizes[1]
 
 

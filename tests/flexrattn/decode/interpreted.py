@@ -92,7 +92,7 @@ def test_the_benchmarks_gate(arm, monkeypatch):
     monkeypatch.setattr(benchmark, "GATE_SLOTS", 40)
     monkeypatch.setitem(benchmark.LIBRARY, "math", benchmark._sdpa(SDPBackend.MATH))
     (chosen,) = [each for each in benchmark.arms(7, 9) if each.name == arm]
-    options = SimpleNamespace(flavor="debug", seed=0, fold_every=2, waves=4, block_f=16, overlap=False)
+    options = SimpleNamespace(flavor="debug", seed=0, fold_every=2, tuning=["waves=5", "block_f=8"])
     cpu = torch.device("cpu")
     tolerance = benchmark.TOLERANCE[torch.float32]
     assert benchmark.gate(chosen, options, cpu, torch.float32, "math") < tolerance
