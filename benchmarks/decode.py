@@ -41,7 +41,7 @@ from flexrattn.decode.step import decode_step
 logger = logging.getLogger("benchmarks")
 
 # Random content, the paper's points and the two ends; largest: as many sequences as fit, at this context.
-POINTS = ((1, 8192), (16, 32768), (64, 8192), (256, 1024), (1, 131072))
+POINTS = ((1, 1024), (1, 8192), (16, 32768), (64, 8192), (256, 1024), (1, 131072), (8, 131072))
 LARGEST_AT = (32768,)
 # Steps of one sample: a multiple of every fold_every that is used, as a step that folds takes longer.
 STEPS = 16

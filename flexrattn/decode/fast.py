@@ -92,12 +92,14 @@ def joined_weights(block: Block) -> tuple[Tensor, Tensor]:
 class Tuning:
     """How the kernels are launched; nothing here changes what is computed.
 
-    waves: programs that each multiprocessor gets for the softmax, by splitting the keys; ring_waves: in a layer with a
-    linear branch. The others, of such a layer: `launch_decode_attention_fwd`.
+    resident: programs that a multiprocessor is taken to run at a time, for the number of splits of the keys;
+    ring_resident: in a layer with a linear branch. split_products: 1, or 0 for cuBLAS alone. The others, of a layer
+    with a linear branch: `launch_decode_attention_fwd`.
     """
 
-    waves: int = 4
-    ring_waves: int = 3
+    resident: int = 3
+    ring_resident: int = 4
+    split_products: int = 1
     num_warps: int = 1
     num_stages: int = 3
     block_s: int = 32
@@ -108,7 +110,7 @@ class Tuning:
     def of_both_branches(self) -> dict[str, int]:
         """Options of `launch_decode_attention_fwd` for a layer with a linear branch."""
         options = dataclasses.asdict(self)
-        return {name: options[name] for name in options if name not in ("waves", "ring_waves")}
+        return {name: options[name] for name in options if name not in ("resident", "ring_resident", "split_products")}
 
 
 class TritonStep:
@@ -132,12 +134,12 @@ class TritonStep:
             on_gpu = cache.device.type == "cuda"
             multiprocessors = torch.cuda.get_device_properties(cache.device).multi_processor_count if on_gpu else 4
         self.model, self.cache, self.tuning = model, cache, tuning or Tuning()
+        self.multiprocessors = multiprocessors
         self.weights = [
-            self._prepare(block, layer, multiprocessors)
-            for block, layer in zip(model.layers.values(), cache.layers, strict=True)
+            self._prepare(block, layer) for block, layer in zip(model.layers.values(), cache.layers, strict=True)
         ]
 
-    def _prepare(self, block: Block, layer: LayerCache, multiprocessors: int) -> _Weights:
+    def _prepare(self, block: Block, layer: LayerCache) -> _Weights:
         from scan_kernels.kernels.decode_softmax import choose_splits
 
         attention = block.attention
@@ -150,8 +152,8 @@ class TritonStep:
             splits=choose_splits(
                 self.cache.rows * layer.spec.G,
                 max(layer.slots, 1),
-                multiprocessors=multiprocessors,
-                waves=self.tuning.ring_waves if layer.spec.residual else self.tuning.waves,
+                multiprocessors=self.multiprocessors,
+                resident=self.tuning.ring_resident if layer.spec.residual else self.tuning.resident,
                 block_s=self.tuning.block_s if layer.spec.residual else 64,
             ),
         )
@@ -165,21 +167,32 @@ class TritonStep:
         clock = make_clock(cache, active_B)
         h_BW = model.tok_embeddings(token_B)
         x_BW = torch.empty_like(h_BW)
-        delta_BW: Tensor | None = None
+        delta: Tensor | None = None
         for block, layer, weights in zip(model.layers.values(), cache.layers, self.weights, strict=True):
             norm = block.attention_norm
-            launch_add_norm(h_BW, delta_BW, norm.weight, row_norm_eps(norm), x_BW).run()
+            launch_add_norm(h_BW, delta, norm.weight, row_norm_eps(norm), x_BW).run()
             o_BHD = self._attention(block.attention, layer, weights, x_BW @ weights.qkv_XW.T, clock)
-            delta_BW = o_BHD.flatten(1) @ block.attention.wo.weight.T
+            delta = self._product(o_BHD.flatten(1), block.attention.wo.weight)
             norm = block.ffn_norm
-            launch_add_norm(h_BW, delta_BW, norm.weight, row_norm_eps(norm), x_BW).run()
+            launch_add_norm(h_BW, delta, norm.weight, row_norm_eps(norm), x_BW).run()
             gate_up = x_BW @ weights.gate_up_XW.T
             gated = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
             launch_gate(gate_up, gated, activation=block.feed_forward.activation).run()
-            delta_BW = gated @ block.feed_forward.w2.weight.T
-        launch_add_norm(h_BW, delta_BW, model.norm.weight, row_norm_eps(model.norm), x_BW).run()
+            delta = self._product(gated, block.feed_forward.w2.weight)
+        launch_add_norm(h_BW, delta, model.norm.weight, row_norm_eps(model.norm), x_BW).run()
         finish_step(cache, clock.absorbed_after, active_B)
         return x_BW @ model.lm_head.weight.T
+
+    def _product(self, x_BK: Tensor, weight_NK: Tensor) -> Tensor:
+        """x W^T (B, N), or its parts (parts, B, N)."""
+        from flexrattn.decode.product import launch_split_product, parts_of
+
+        parts = parts_of(len(x_BK), weight_NK, multiprocessors=self.multiprocessors)
+        if parts == 1 or not self.tuning.split_products:
+            return x_BK @ weight_NK.T
+        launch, out = launch_split_product(x_BK, weight_NK, parts)
+        launch.run()
+        return out
 
     def _attention(
         self, attention: RAttention, layer: LayerCache, weights: _Weights, qkv_BX: Tensor, clock: Clock

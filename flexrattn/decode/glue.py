@@ -19,15 +19,18 @@ from scan_kernels.kernels.launch import Launch
 
 
 @triton.jit
-def add_norm_kernel(h, delta, weight, out, eps, W, BLOCK_W: tl.constexpr):
-    """h += delta (where there is one); out = h / sqrt(mean(h^2) + eps) * weight, a row a program."""
+def add_norm_kernel(h, delta, weight, out, eps, B, W, PARTS: tl.constexpr, BLOCK_W: tl.constexpr):
+    """h += the sum of delta's parts (where there is one); out = h / sqrt(mean(h^2) + eps) * weight, a row a program."""
     row = tl.program_id(0).to(tl.int64)
     o_w = tl.arange(0, BLOCK_W)
     m_w = o_w < W
     x = tl.load(h + row * W + o_w, mask=m_w, other=0.0)
     if delta is not None:
-        # Rounded as the addition of two tensors rounds.
-        x = (x.to(tl.float32) + tl.load(delta + row * W + o_w, mask=m_w, other=0.0).to(tl.float32)).to(x.dtype)
+        total = tl.load(delta + row * W + o_w, mask=m_w, other=0.0).to(tl.float32)
+        for i in tl.static_range(1, PARTS):
+            total += tl.load(delta + (i * B + row) * W + o_w, mask=m_w, other=0.0).to(tl.float32)
+        # Rounded as the product and the addition of two tensors round.
+        x = (x.to(tl.float32) + total.to(x.dtype).to(tl.float32)).to(x.dtype)
         tl.store(h + row * W + o_w, x, mask=m_w)
     y = x.to(tl.float32)
     y = y * tl.rsqrt(tl.sum(y * y, 0) / W + eps)
@@ -35,16 +38,22 @@ def add_norm_kernel(h, delta, weight, out, eps, W, BLOCK_W: tl.constexpr):
     tl.store(out + row * W + o_w, y.to(out.dtype.element_ty), mask=m_w)
 
 
-def launch_add_norm(h_BW: Tensor, delta_BW: Tensor | None, weight_W: Tensor, eps: float, out_BW: Tensor) -> Launch:
-    W = h_BW.shape[1]
-    args = {"h": h_BW, "delta": delta_BW, "weight": weight_W, "out": out_BW, "eps": eps, "W": W}
+def launch_add_norm(h_BW: Tensor, delta: Tensor | None, weight_W: Tensor, eps: float, out_BW: Tensor) -> Launch:
+    """delta: (B, W), or (parts, B, W) to be summed."""
+    B, W = h_BW.shape
     block = triton.next_power_of_2(W)
-    return Launch(
-        add_norm_kernel,
-        (h_BW.shape[0],),
-        args | {"BLOCK_W": block},
-        {"num_warps": 8 if block >= 4096 else 4, "num_stages": 1},
-    )
+    args = {
+        "h": h_BW,
+        "delta": delta,
+        "weight": weight_W,
+        "out": out_BW,
+        "eps": eps,
+        "B": B,
+        "W": W,
+        "PARTS": 1 if delta is None or delta.dim() == 2 else len(delta),
+        "BLOCK_W": block,
+    }
+    return Launch(add_norm_kernel, (B,), args, {"num_warps": 8 if block >= 4096 else 4, "num_stages": 1})
 
 
 @triton.jit

@@ -182,8 +182,9 @@ def launch_decode_attention_fwd(
         B, H, D = softmax.q.shape
         G, S = softmax.k.shape[1:3]
         R, v = H // G, softmax.v
-        # A tile of keys or of values is 16 KiB at most: three stages of both fit into the shared memory of every GPU.
-        block_s = max(16, min(block_s, 16384 // (D * v.element_size())))
+        # Three stages of keys and values fit into the shared memory of every GPU, and a tile of fp32 into registers.
+        most, tile = (32, 8192) if v.dtype == torch.float32 else (64, 16384)
+        block_s = max(16, min(block_s, most, tile // (D * v.element_size())))
         partial = torch.empty(B, G, softmax.splits, R, D, dtype=torch.float32, device=v.device)
         partial_max = torch.empty(B, G, softmax.splits, R, dtype=torch.float32, device=v.device)
         parts = partial, partial_max, torch.empty_like(partial_max)
@@ -234,6 +235,9 @@ def launch_decode_attention_fwd(
         "STAGES": state_stages,
         "PRECISION": precision(v.dtype),
     }
+    if softmax is not None:
+        # Products of fp32 are made of single multiplications, and their operands take more registers than a warp has.
+        num_warps = max(num_warps, 4 if v.dtype == torch.float32 else D // 128)
     launch = Launch(
         decode_attention_fwd_kernel, (programs, B * G), args, {"num_warps": num_warps, "num_stages": num_stages}
     )

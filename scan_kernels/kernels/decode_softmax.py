@@ -79,6 +79,17 @@ def softmax_split(
     tl.store(partial_sum + o_part, b_sum, mask=m_r)
 
 
-def choose_splits(programs: int, S: int, *, multiprocessors: int, block_s: int = 64, waves: int = 4) -> int:
-    """Splits of the slots, so that a GPU has `waves` programs a multiprocessor to do; at most one a tile of slots."""
-    return max(1, min(-(-S // block_s), -(-waves * multiprocessors // programs)))
+def choose_splits(programs: int, S: int, *, multiprocessors: int, block_s: int = 64, resident: int = 3) -> int:
+    """Splits of the slots, at most one a tile, that leave few multiprocessors idle at the end.
+
+    A multiprocessor runs `resident` programs at a time. The fewest splits are taken of those whose last round of
+    programs is about as full as can be.
+    """
+    capacity = resident * multiprocessors
+    most = max(1, min(-(-S // block_s), -(-4 * capacity // programs)))
+
+    def used(splits: int) -> float:
+        return programs * splits / (-(-programs * splits // capacity) * capacity)
+
+    enough = 0.97 * max(used(splits) for splits in range(1, most + 1))
+    return next(splits for splits in range(1, most + 1) if used(splits) >= enough)

@@ -138,7 +138,11 @@ def requests():
 
 @pytest.mark.parametrize(
     "tuning",
-    [Tuning(num_stages=2, block_s=32), Tuning(waves=1, block_f=32, num_warps=4), Tuning(ring_waves=16, block_v=16)],
+    [
+        Tuning(num_stages=2, block_s=32),
+        Tuning(resident=1, block_f=32, num_warps=4),
+        Tuning(ring_resident=16, split_products=0),
+    ],
     ids=str,
 )
 def test_tuning_changes_nothing(tuning):

@@ -16,6 +16,8 @@ from benchmarks import decode as benchmark
 from flexrattn.decode import DecodeCache, decode_step, fast, prefill
 from flexrattn.decode.engine import EagerStepper, Engine
 from flexrattn.decode.fast import TritonStep, TritonStepper
+from flexrattn.decode.glue import launch_add_norm
+from flexrattn.decode.product import launch_split_product
 from flexrattn.decode.sampling import Sampling
 from tests.closeness import relative_error
 from tests.flexrattn.decode.models import build, random_tokens
@@ -75,6 +77,23 @@ def test_a_slot_of_garbage_is_never_read():
         assert relative_error(step(token, active), decode_step(model, expected_cache, token, active)) < 1e-5
 
 
+@pytest.mark.parametrize(("rows", "parts"), [(1, 2), (5, 3), (17, 6)])
+def test_a_product_in_parts(rows, parts):
+    """What the next norm adds up is the product, and rows behind the last are not written."""
+    torch.manual_seed(rows)
+    x, weight, h = torch.randn(rows, 384), torch.randn(128, 384), torch.randn(rows, 128)
+    launch, out = launch_split_product(x, weight, parts)
+    launch.args["out"] = padded = torch.full((parts * rows + 1, 128), torch.nan)
+    launch.run()
+    assert padded[-1].isnan().all()
+    out.copy_(padded[:-1].view_as(out))
+    expected = h + x @ weight.T
+    norm = torch.empty_like(h)
+    launch_add_norm(h, out, torch.ones(128), 1e-6, norm).run()
+    assert relative_error(h, expected) < 1e-6
+    assert relative_error(norm, expected * expected.square().mean(1, keepdim=True).rsqrt()) < 1e-5
+
+
 def test_the_engine_draws_the_same():
     model = build(dtype=torch.float32)
     results = []
@@ -92,7 +111,7 @@ def test_the_benchmarks_gate(arm, monkeypatch):
     monkeypatch.setattr(benchmark, "GATE_SLOTS", 40)
     monkeypatch.setitem(benchmark.LIBRARY, "math", benchmark._sdpa(SDPBackend.MATH))
     (chosen,) = [each for each in benchmark.arms(7, 9) if each.name == arm]
-    options = SimpleNamespace(flavor="debug", seed=0, fold_every=2, tuning=["waves=5", "block_f=8"])
+    options = SimpleNamespace(flavor="debug", seed=0, fold_every=2, tuning=["resident=5", "block_f=8"])
     cpu = torch.device("cpu")
     tolerance = benchmark.TOLERANCE[torch.float32]
     assert benchmark.gate(chosen, options, cpu, torch.float32, "math") < tolerance

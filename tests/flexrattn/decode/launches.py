@@ -8,6 +8,7 @@ import torch
 
 from flexrattn.decode.fast import Tuning
 from flexrattn.decode.glue import launch_add_norm, launch_gate, launch_heads
+from flexrattn.decode.product import launch_split_product
 from scan_kernels.kernels.decode_attention import LinearBranch, SoftmaxBranch, launch_decode_attention_fwd
 from scan_kernels.kernels.decode_combine import launch_decode_combine
 from scan_kernels.kernels.launch import Launch
@@ -49,6 +50,10 @@ def launches(
         yield f"combine {name}", launch
     x = empty(B, W, dtype=dtype)
     yield "add_norm", launch_add_norm(x, x, empty(W, dtype=dtype), 1e-6, x)
+    if dtype != torch.float32:
+        launch, parts_BW = launch_split_product(empty(B, 6656, dtype=dtype), empty(W, 6656, dtype=dtype), 4)
+        yield "split product", launch
+        yield "add parts, norm", launch_add_norm(x, parts_BW, empty(W, dtype=dtype), 1e-6, x)
     yield "gate", launch_gate(empty(B, 2 * 6656, dtype=dtype), empty(B, 6656, dtype=dtype), activation="gelu")
     for name, cache in (("heads", (k, v)), ("heads alone", None)):
         yield (
