@@ -52,7 +52,7 @@ def _chunked(problem: ScanProblem, chunk: int) -> ScanResult:
 
     # Pairs inside the chunk.
     pairs_CC = torch.ones(C, C, dtype=torch.bool, device=v_BGNCD.device).tril()
-    pairs = pairs_CC if documents is None else pairs_CC & documents.same_B1N1CC
+    pairs = pairs_CC if documents is None else pairs_CC & documents.same_B1N1CC()
     o_BGNRCD = _within_chunks(rows_BGNSF, phi_k_BGNCF, v_BGNCD, pairs, cumulative_BGNC).unflatten(3, (R, C))
 
     # One state per chunk: the keys before it, of the document that runs into it.
@@ -139,15 +139,19 @@ class _ChunkDocuments:
         self.query_BT = torch.cat((query_BT, query_BT[:, -1:].expand(B, fill)), dim=1)
         self.key_BT = torch.cat((key_BT, key_BT[:, -1:].expand(B, fill)), dim=1)
         self.carried_B = carried_B
-        query_BNC, key_BNC = self.query_BT.unflatten(1, (N, C)), self.key_BT.unflatten(1, (N, C))
+        self.query_BNC = query_BNC = self.query_BT.unflatten(1, (N, C))
+        self.key_BNC = key_BNC = self.key_BT.unflatten(1, (N, C))
         # The document of the state at each border: before the first chunk, and behind every chunk.
         border_BN1 = torch.cat((carried_B[:, None], key_BNC[:, :, -1]), dim=1)
         before_BN, behind_BN = border_BN1[:, :-1], border_BN1[:, 1:]
-        self.same_B1N1CC = (query_BNC[:, :, :, None] == key_BNC[:, :, None, :])[:, None, :, None]
         self.reads_state_B1N1C1 = (query_BNC == before_BN[:, :, None])[:, None, :, None, :, None]
         self.runs_on_B1NC1 = (key_BNC == behind_BN[:, :, None])[:, None, :, :, None]
         self.keeps_B1N = (before_BN == behind_BN)[:, None]
         self.ends_running_B111 = (behind_BN[:, -1] == query_BT[:, -1])[:, None, None, None]
+
+    def same_B1N1CC(self) -> Tensor:
+        """Pairs of one document. Made on demand: the fused scan takes all rows as one chunk and needs no pairs."""
+        return (self.query_BNC[:, :, :, None] == self.key_BNC[:, :, None, :])[:, None, :, None]
 
 
 def start_log_decay(problem: ScanProblem, decay_BGT: Tensor | None, documents: _ChunkDocuments | None) -> Tensor:

@@ -90,7 +90,9 @@ def _fused_scan(problem: ScanProblem, with_final: bool, save_every: int) -> Scan
     if problem.decay_BMG is not None:
         decay_fp64 = problem.decay_BMG.double().clamp(min=SMALLEST_LOG_DECAY)
         rows_BGT = _shifted_keys(decay_fp64, problem.lag, T, 0).transpose(1, 2)
-    documents = None if problem.query_document_BT is None else _ChunkDocuments(problem, T, 1, T, 0)
+    # The kernels look at the documents themselves; only what torch computes of the states needs them here.
+    states = with_final or problem.start_BXFD is not None
+    documents = _ChunkDocuments(problem, T, 1, T, 0) if states and problem.query_document_BT is not None else None
     start_log_BGT = final_log_BG = None
     if problem.start_BXFD is not None:
         start_log_BGT = start_log_decay(problem, rows_BGT, documents)
