@@ -1,4 +1,4 @@
-"""Softmax attention under any mask: FlexAttention's fused kernel on a GPU, the same mask densely on the CPU.
+"""Softmax attention under any mask and score mod: FlexAttention's fused kernel on a GPU, the same densely on the CPU.
 
 Shapes: B batch, T tokens, H query heads, G key/value heads, D head width (legend: scan_kernels/README.md);
 torchtitan calls the same axes B, L, N, N, H.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtitan.models.common.attention import FlexAttention
+
+from score_mods import ScoreMod, dense_attention, make_score_mod, score_info
 
 # A mask for one attention kind: sparse blocks where a kernel uses them, a (B or 1, 1, T, T) boolean where not.
 Mask = BlockMask | torch.Tensor
@@ -42,16 +44,31 @@ def check_backend(kernel_options: Mapping[str, Any], device: torch.device) -> No
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoreModSpec:
+    """A score mod by its registered name or "package.module:factory", and the factory's arguments."""
+
+    name: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> ScoreMod:
+        return make_score_mod(self.name, **self.args)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "args": dict(self.args)}
+
+
 class MaskedAttention(FlexAttention):
-    """softmax(q k^T * scale, over the keys the mask keeps) v; grouped heads share a key/value head.
+    """softmax(score_mod(q k^T * scale), over the keys the mask keeps) v; grouped heads share a key/value head.
 
     A `BlockMask` goes to FlexAttention, a boolean tensor to `scaled_dot_product_attention`: FlexAttention has no
-    backward on the CPU. The model builds the one that the device can use, so nothing is chosen here.
+    backward on the CPU; with a score mod it goes to `dense_attention`. The model builds the one that the device can use,
+    so nothing is chosen here. `score_table` is the parameter of a score mod with a learned table.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(FlexAttention.Config):
-        pass
+        score_mod: ScoreModSpec | None = None
 
     # torchtitan compiles flex with max-autotune and coordinate descent: minutes per shape, and no measurable gain on an
     # H200 (KERNELS.md). Dynamic shapes, on the other hand, cost 26-38 %, so a second length compiles a second kernel.
@@ -59,6 +76,27 @@ class MaskedAttention(FlexAttention):
     # tile that is read, and a window's far end has rows without (seen on an H200: NaN). BLOCKS_ARE_CONTIGUOUS skips
     # from a window's far end to the block behind it, not to the diagonal.
     _static_flex: ClassVar[Callable[..., Any]] = torch.compile(flex_attention, dynamic=False)
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        # Built in code that no device context reaches: a score mod may hold tensors of its own.
+        self.score_mod = None
+        self.score_table: torch.nn.Parameter | None = None
+        if config.score_mod is not None:
+            with torch.device("cpu"):
+                self.score_mod = config.score_mod.build()
+            info = score_info(self.score_mod)
+            if info is not None and info.table_shape is not None:
+                self.score_table = torch.nn.Parameter(torch.empty(info.table_shape))
+
+    def _bound_score_mod(self) -> ScoreMod | None:
+        if self.score_mod is None or self.score_table is None:
+            return self.score_mod
+        info = score_info(self.score_mod)
+        assert info is not None
+        assert info.bind is not None
+        # FlexAttention sums the gradient of a captured tensor in that tensor's dtype.
+        return info.bind(self.score_table.float())
 
     def forward(
         self,
@@ -71,15 +109,22 @@ class MaskedAttention(FlexAttention):
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         q_BHTD, k_BGTD, v_BGTD = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
+        score_mod = self._bound_score_mod()
         if isinstance(attention_masks, BlockMask):
             o_BHTD = MaskedAttention._static_flex(
                 q_BHTD,
                 k_BGTD,
                 v_BGTD,
+                score_mod=score_mod,
                 block_mask=attention_masks,
                 scale=scale,
                 enable_gqa=enable_gqa,
                 kernel_options=self.kernel_options or None,
+            )
+        elif score_mod is not None:
+            check_backend(self.kernel_options, q_BLNH.device)
+            o_BHTD = dense_attention(
+                q_BHTD, k_BGTD, v_BGTD, mask=attention_masks, score_mod=score_mod, scale=scale
             )
         else:
             check_backend(self.kernel_options, q_BLNH.device)

@@ -1,5 +1,7 @@
 """Checks of mask arguments: what was given, and what would do."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,13 @@ def check_whole_number(name: str, value: object, *, at_least: int, meaning: str)
         raise ValueError(f"{name} must be a whole number ({meaning}), got {value!r} ({type(value).__name__})")
     if value < at_least:
         raise ValueError(f"{name} must be >= {at_least} ({meaning}), got {value}")
+    return value
+
+
+def check_positive_number(name: str, value: object, *, meaning: str) -> float:
+    """`value` if it is a finite int or float (a bool is none) above 0; ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number above 0 ({meaning}), got {value!r} ({type(value).__name__})")
     return value
 
 

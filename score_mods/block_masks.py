@@ -3,8 +3,8 @@
 A block mask lists for every block of queries the blocks of keys that are kept whole ("full": the kernel skips the mask)
 and kept in part ("partial": the kernel evaluates the mask). Two routes lead to the same lists:
 
-- closed form, for masks whose `info` is exact (causal, sliding_window, document, and all_of them): a block pair is
-  judged by its corners. Time and memory in (T / block_size)^2, and no host sync.
+- closed form, for masks whose `info` judges blocks (the library's, and combinations of them): a block pair is judged by
+  its corners (blocks.py). Time and memory in (T / block_size)^2, and no host sync.
 - evaluation, for every other mask: torch's builder looks at every pair. It wants the whole T x T at once (int64
   temporaries included, 10 GB at T = 32k), so it is run on strips of query blocks that stay below EVALUATED_PAIRS.
 """
@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from score_mods.arguments import check_whole_number
-from score_mods.info import MaskInfo, MaskMod, check_sizes, fingerprint, is_static, mask_info, resolve_device
+from score_mods.blocks import BlockPairs, can_judge, judge
+from score_mods.info import MaskMod, check_sizes, fingerprint, is_static, resolve_device
 
 # About 300 MB of temporaries for a mask that subtracts int64 indices.
 EVALUATED_PAIRS = 2**25
@@ -42,7 +43,7 @@ def build_block_mask(
 
     Lengths need not fill their blocks.
     None for `batch` or `heads` is a mask that does not depend on it: FlexAttention broadcasts it.
-    Masks that carry a MaskInfo and read no document ids are cached (the last 32): the same mask, sizes and device give
+    Masks that carry a MaskInfo and read no tensors are cached (the last 32): the same mask, sizes and device give
     the same BlockMask object. Everything else is built anew by each call, as what it reads may have changed.
 
     Raises ValueError where the sizes or the device do not fit the mask's document ids.
@@ -57,11 +58,10 @@ def build_block_mask(
                 _cache.move_to_end(key)
                 return _cache[key]
 
-    info = mask_info(mask_mod)
     # A validator may run under inference_mode; its tensors could not be saved for a later backward.
     with torch.inference_mode(False), torch.no_grad():
-        if info is not None and info.exact:
-            block_mask = _by_closed_form(mask_mod, info, batch or 1, heads or 1, q_len, kv_len, device, block_size)
+        if can_judge(mask_mod):
+            block_mask = _by_closed_form(mask_mod, batch or 1, heads or 1, q_len, kv_len, device, block_size)
         else:
             block_mask = _by_evaluation(mask_mod, batch or 1, heads or 1, q_len, kv_len, device, block_size)
 
@@ -81,40 +81,13 @@ def clear_block_mask_cache() -> None:
 
 
 def _by_closed_form(
-    mask_mod: MaskMod,
-    info: MaskInfo,
-    batch: int,
-    heads: int,
-    q_len: int,
-    kv_len: int,
-    device: torch.device,
-    block_size: int,
+    mask_mod: MaskMod, batch: int, heads: int, q_len: int, kv_len: int, device: torch.device, block_size: int
 ) -> BlockMask:
-    q_first, q_last, q_whole = _blocks(q_len, block_size, device)
-    kv_first, kv_last, kv_whole = _blocks(kv_len, block_size, device)
-    # t - j takes every value from the smallest to the largest in a block pair.
-    smallest = q_first[:, None] - kv_last
-    largest = q_last[:, None] - kv_first
-    # As in torch, a block that juts out over the end is never full.
-    full = q_whole[:, None] & kv_whole
-    kept = torch.ones_like(full)
-    if info.causal:
-        kept = kept & (largest >= 0)
-        full = full & (smallest >= 0)
-    if info.window is not None:
-        kept = kept & (smallest <= info.window)
-        full = full & (largest <= info.window)
-    kept, full = kept[None], full[None]
-    for ids in info.documents:
-        q_low, q_high = _id_range(ids, q_len, block_size)
-        kv_low, kv_high = _id_range(ids, kv_len, block_size)
-        # Where ids never decrease, two blocks' ranges meet iff their nearest pair has one id, and the nearest pair is
-        # inside the window first: so each condition can be asked alone. Where ids do decrease, `kept` may be too much.
-        kept = kept & (q_low[:, :, None] <= kv_high[:, None]) & (kv_low[:, None] <= q_high[:, :, None])
-        full = (
-            full & (q_low == q_high)[:, :, None] & (kv_low == kv_high)[:, None] & (q_low[:, :, None] == kv_low[:, None])
-        )
-    shape = (batch, heads, *kept.shape[1:])
+    pairs = BlockPairs.of(q_len, kv_len, block_size, device)
+    kept, full = judge(mask_mod, pairs)
+    full = full & pairs.whole
+    rows, columns = pairs.whole.shape[1:]
+    shape = (batch, heads, rows, columns)
     partial_num, partial_indices = _ordered((kept & ~full)[:, None].expand(shape))
     full_num, full_indices = _ordered(full[:, None].expand(shape))
     return BlockMask.from_kv_blocks(
@@ -126,22 +99,6 @@ def _by_closed_form(
         mask_mod=mask_mod,
         seq_lengths=(q_len, kv_len),
     )
-
-
-def _blocks(length: int, block_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """First and last position of each block, and whether the block is filled."""
-    first = torch.arange(0, length, block_size, device=device)
-    end = first + block_size
-    return first, end.clamp(max=length) - 1, end <= length
-
-
-def _id_range(ids_BT: Tensor, length: int, block_size: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest document id of each block, (B, blocks) each."""
-    blocks = -(-length // block_size)
-    # The last block is filled up with its own last id.
-    positions = torch.arange(blocks * block_size, device=ids_BT.device).clamp(max=length - 1)
-    ids = ids_BT[:, positions].view(ids_BT.shape[0], blocks, block_size)
-    return ids.amin(dim=-1), ids.amax(dim=-1)
 
 
 def _ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,20 @@
 """What a mask says about itself, so that others need not guess from its function."""
 
+from __future__ import annotations
+
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from score_mods.blocks import BlockLaw
+    from score_mods.residual import Residual
+    from score_mods.schedule import WindowSchedule
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -18,13 +26,18 @@ class MaskInfo:
     `causal`, `window` and `documents` are bounds: the mask keeps *no* pair outside them. With `exact` they are the
     whole law: the mask keeps *every* pair inside them too.
 
-    name, args: together with the function's code they determine the mask, unless it also reads `documents`: two masks
-        that agree in them share one cached block mask. A mask that reads anything else that can change (a tensor, a
-        random number) must not carry a MaskInfo, or must tell the states apart in `args`.
+    name, args: together with the function's code they determine the mask, unless it also reads `documents` or
+        `tensors`: two masks that agree in them share one cached block mask. A mask that reads anything else that can
+        change (a random number, say) must not carry a MaskInfo, or must tell the states apart in `args`.
     causal: no key after its query, j <= t.
     window: no key older than t - window; None is no such bound, *not* "no softmax branch".
     documents: (B, T) integer ids; no pair whose ids differ in any of them.
+    relative: the mask reads t - j alone, so that it is the same wherever a document begins in a packed row.
+    tensors: other tensors that the mask reads; its block mask is built anew each time.
     parts: the masks that a combinator combines.
+    blocks: which block pairs the mask keeps in part and whole, judged from their corners (score_mods/blocks.py).
+    residual: what the mask leaves out, where a linear branch can read that; of a plain window it is known without.
+    schedule: windows drawn by training step, of a mask whose law here is that of evaluation.
     """
 
     name: str
@@ -33,14 +46,19 @@ class MaskInfo:
     window: int | None = None
     documents: tuple[Tensor, ...] = ()
     exact: bool = False
+    relative: bool = False
+    tensors: tuple[Tensor, ...] = ()
     parts: tuple[MaskMod, ...] = ()
+    blocks: BlockLaw | None = None
+    residual: Residual | None = None
+    schedule: WindowSchedule | None = None
 
     @property
     def label(self) -> str:
         """Name and arguments in one word: `sliding_window_512`, `all_of(causal, document)`."""
         if self.parts:
             return f"{self.name}({', '.join(mask_name(part) for part in self.parts)})"
-        return "_".join([self.name, *(str(value) for _, value in self.args)])
+        return "_".join([self.name, *(_word(value) for _, value in self.args if value is not None)])
 
     @property
     def is_plain_window(self) -> bool:
@@ -50,6 +68,10 @@ class MaskInfo:
         window, and leaves nothing out.
         """
         return self.exact and self.causal and self.window is not None
+
+
+def _word(value: object) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def describe(keep: MaskMod, info: MaskInfo) -> MaskMod:
@@ -98,7 +120,7 @@ def fingerprint(mask: MaskMod) -> Hashable:
         info.name,
         info.args,
         code,
-        tuple(_Same(ids) for ids in info.documents),
+        tuple(_Same(tensor) for tensor in (*info.documents, *info.tensors)),
         tuple(fingerprint(part) for part in info.parts),
     )
 
@@ -106,29 +128,37 @@ def fingerprint(mask: MaskMod) -> Hashable:
 def is_static(mask: MaskMod) -> bool:
     """Whether the mask depends on nothing but its fingerprint's name and arguments, so that it can be cached."""
     info = mask_info(mask)
-    return info is not None and not info.documents and all(is_static(part) for part in info.parts)
+    return info is not None and not info.documents and not info.tensors and all(is_static(part) for part in info.parts)
 
 
 def check_takes_four(mask: object, what: str) -> None:
     """Raise ValueError unless `mask` is a function of (b, h, q_idx, kv_idx). `what` starts the message."""
+    hint = " (five arguments make a score mod, which changes scores and masks nothing)"
     wanted = "a mask is a function of (b, h, q_idx, kv_idx) that returns a boolean tensor"
-    if not callable(mask):
-        raise ValueError(f"{what}: {wanted}, got {mask!r}")
+    _check_takes(4, mask, f"{what}: {wanted}", {5: hint})
+
+
+def check_takes_five(score_mod: object, what: str) -> None:
+    """Raise ValueError unless `score_mod` is a function of (score, b, h, q_idx, kv_idx). `what` starts the message."""
+    hint = " (four arguments make a mask, which keeps or drops pairs)"
+    wanted = "a score mod is a function of (score, b, h, q_idx, kv_idx) that returns a score"
+    _check_takes(5, score_mod, f"{what}: {wanted}", {4: hint})
+
+
+def _check_takes(number: int, function: object, said: str, hints: dict[int, str]) -> None:
+    if not callable(function):
+        raise ValueError(f"{said}, got {function!r}")
     try:
-        parameters = list(inspect.signature(mask).parameters.values())
+        parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what}: {wanted}, the signature of {mask!r} cannot be read: {error}") from error
+        raise ValueError(f"{said}, the signature of {function!r} cannot be read: {error}") from error
     # FlexAttention itself tells masks from score mods by this count.
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(needed) == 4:
+    if len(needed) == number:
         return
-    got = f"{mask_name(mask)}({', '.join(str(p) for p in parameters)})"
-    hint = ""
-    if len(needed) == 5:
-        hint = " (five arguments make a score mod, which changes scores and masks nothing)"
-    elif len(needed) < 2:
-        hint = " (is it a factory that should be called first?)"
-    raise ValueError(f"{what}: {wanted}, got {got}{hint}")
+    got = f"{mask_name(function)}({', '.join(str(p) for p in parameters)})"
+    called = " (is it a factory that should be called first?)" if len(needed) < 2 else ""
+    raise ValueError(f"{said}, got {got}{hints.get(len(needed), called)}")
 
 
 def check_sizes(mask: MaskMod, *, batch: int | None, q_len: int, kv_len: int, device: torch.device) -> None:

@@ -8,14 +8,23 @@ import math
 import torch
 from torch import Tensor
 
+from score_mods.dense import apply_score_mod
+from score_mods.score_info import ScoreMod
+
 
 def reference_attention(
-    q_BTHD: Tensor, k_BTGD: Tensor, v_BTGDv: Tensor, mask: Tensor, *, scale: float | None = None
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGDv: Tensor,
+    mask: Tensor,
+    *,
+    scale: float | None = None,
+    score_mod: ScoreMod | None = None,
 ) -> Tensor:
-    """o_t = sum_j softmax_j(scale q_t . k_j) v_j over the j that mask[b, h, t, j] keeps; (B, T, H, Dv), float64.
+    """o_t = sum_j softmax_j(s(scale q_t . k_j)) v_j over the j that mask[b, h, t, j] keeps; (B, T, H, Dv), float64.
 
     Query head h reads KV head h // (H / G). mask: bool, broadcastable to (B, H, Tq, Tk). scale: 1 / sqrt(D) by default.
-    A query that may read nothing gives zeros.
+    score_mod: s, the scores as they are by default. A query that may read nothing gives zeros.
     """
     heads, kv_heads, width = q_BTHD.shape[2], k_BTGD.shape[2], q_BTHD.shape[3]
     if heads % kv_heads:
@@ -25,6 +34,8 @@ def reference_attention(
     q, k, v = (x.double().transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGDv))
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2)) * (1 / math.sqrt(width) if scale is None else scale)
+    if score_mod is not None:
+        scores = apply_score_mod(score_mod, scores)
     # The weights of an empty row are 0 / 0: its maximum is kept finite, and its weights are set to zero.
     scores = scores.masked_fill(~mask, -math.inf)
     weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min))

@@ -1,6 +1,7 @@
-"""Masks by name: `make_mask("sliding_window", window=512)`, `make_mask("package.module:factory", ...)`.
+"""Masks and score mods by name: `make_mask("sliding_window", window=512)`, `make_score_mod("soft_cap", cap=50)`.
 
-A mask of the library is one file in `masks/` and one line here.
+"package.module:factory" names one of your own. A mask of the library is one file in `masks/` and one line here, a score
+mod one file in `mods/` and one line here.
 """
 
 import difflib
@@ -8,27 +9,69 @@ import importlib
 import inspect
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from score_mods.dense import dense_mask
-from score_mods.info import MaskMod, check_takes_four, documents_in, mask_info, tensors_in
+from score_mods.dense import apply_score_mod, dense_mask
+from score_mods.info import MaskMod, check_takes_five, check_takes_four, documents_in, mask_info, tensors_in
+from score_mods.masks.attention_sink import attention_sink
 from score_mods.masks.causal import causal
+from score_mods.masks.chunked import chunked
+from score_mods.masks.dilated_window import dilated_window
 from score_mods.masks.document import document
+from score_mods.masks.neighborhood_2d import neighborhood_2d
+from score_mods.masks.prefix_lm import prefix_lm
 from score_mods.masks.sliding_window import sliding_window
+from score_mods.masks.stochastic_window import stochastic_window
+from score_mods.masks.strided import strided
+from score_mods.masks.windows_2d import windows_2d
+from score_mods.mods.alibi import alibi
+from score_mods.mods.relative_bias import relative_bias
+from score_mods.mods.soft_cap import soft_cap
+from score_mods.residual import residual_mask
+from score_mods.score_info import ScoreMod, score_info
 
 MaskFactory = Callable[..., MaskMod]
+ScoreModFactory = Callable[..., ScoreMod]
 
 FACTORIES: MappingProxyType[str, MaskFactory] = MappingProxyType(
     {
+        "attention_sink": attention_sink,
         "causal": causal,
+        "chunked": chunked,
+        "dilated_window": dilated_window,
         "document": document,
+        "neighborhood_2d": neighborhood_2d,
+        "prefix_lm": prefix_lm,
         "sliding_window": sliding_window,
+        "stochastic_window": stochastic_window,
+        "strided": strided,
+        "windows_2d": windows_2d,
     }
 )
+SCORE_FACTORIES: MappingProxyType[str, ScoreModFactory] = MappingProxyType(
+    {
+        "alibi": alibi,
+        "relative_bias": relative_bias,
+        "soft_cap": soft_cap,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """What is looked up by name: masks or score mods."""
+
+    noun: str
+    factories: MappingProxyType[str, Callable[..., object]]
+
+
+_MASKS = _Kind(noun="mask", factories=FACTORIES)
+_SCORE_MODS = _Kind(noun="score mod", factories=SCORE_FACTORIES)
 
 # Queries and keys on which a new mask is tried out.
 _TRIED = 8
@@ -39,6 +82,11 @@ def available_masks() -> tuple[str, ...]:
     return tuple(sorted(FACTORIES))
 
 
+def available_score_mods() -> tuple[str, ...]:
+    """The names that `make_score_mod` knows, sorted."""
+    return tuple(sorted(SCORE_FACTORIES))
+
+
 def make_mask(name: str, /, **args: object) -> MaskMod:
     """The mask that the factory called `name` returns for `args`, tried out on a few indices.
 
@@ -47,18 +95,43 @@ def make_mask(name: str, /, **args: object) -> MaskMod:
     Raises ValueError for an unknown name (with the known ones), a factory that cannot be imported (with the import's
     own error), arguments that do not fit, and a factory that returns something else than a mask.
     """
-    factory = _find(name)
-    what = f"mask {name!r}"
+    mask = _make(_MASKS, name, args)
+    check_mask(mask, what=f"mask {name!r} returned the wrong thing")  # type: ignore[arg-type]
+    return mask  # type: ignore[return-value]
+
+
+def make_score_mod(name: str, /, **args: object) -> ScoreMod:
+    """The score mod that the factory called `name` returns for `args`, tried out on a few scores.
+
+    name: one of `available_score_mods()`, or "package.module:factory". Raises ValueError as `make_mask` does.
+    """
+    score_mod = _make(_SCORE_MODS, name, args)
+    check_score_mod(score_mod, what=f"score mod {name!r} returned the wrong thing")  # type: ignore[arg-type]
+    return score_mod  # type: ignore[return-value]
+
+
+def required_arguments(noun: str, name: str) -> tuple[str, ...]:
+    """The arguments that the factory called `name` must be given. noun: "mask" or "score mod".
+
+    Raises ValueError for an unknown name and a factory that cannot be imported or read.
+    """
+    kind = {each.noun: each for each in (_MASKS, _SCORE_MODS)}[noun]
+    parameters = _signature(f"{noun} {name!r}", _find(kind, name)).parameters.values()
+    named = (p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    return tuple(p.name for p in named if p.default is p.empty)
+
+
+def _make(kind: _Kind, name: str, args: dict[str, object]) -> object:
+    factory = _find(kind, name)
+    what = f"{kind.noun} {name!r}"
     _check_arguments(what, factory, args)
     try:
-        mask = factory(**args)
+        return factory(**args)
     except Exception as error:
         # The library's own ValueErrors speak for themselves; a user's factory may fail in any way.
-        if name in FACTORIES and isinstance(error, ValueError):
+        if name in kind.factories and isinstance(error, ValueError):
             raise ValueError(f"{what}: {error}") from error
         raise ValueError(f"{what} failed for {_shown(args)}: {_shown_error(error)}") from error
-    check_mask(mask, what=f"{what} returned the wrong thing")
-    return mask
 
 
 def check_mask(mask: MaskMod, *, what: str = "mask") -> None:
@@ -91,6 +164,35 @@ def check_mask(mask: MaskMod, *, what: str = "mask") -> None:
     _check_info(mask, kept, what)
 
 
+def check_score_mod(score_mod: ScoreMod, *, what: str = "score mod") -> None:
+    """Raise ValueError unless `score_mod` is one: five arguments, and a floating-point score for each score.
+
+    It is evaluated for a few of the first queries and keys. `what` starts the message.
+    """
+    check_takes_five(score_mod, what)
+    info = score_info(score_mod)
+    heads = 2 if info is None or info.heads is None else info.heads
+    device = next((tensor.device for tensor in tensors_in(score_mod)), torch.device("cpu"))
+
+    def tried(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        changed = score_mod(score, b, h, q_idx, kv_idx)
+        if not isinstance(changed, Tensor):
+            raise _WrongResult(f"{what}: a score mod returns a tensor, got {changed!r} ({type(changed).__name__})")
+        if not changed.is_floating_point():
+            raise _WrongResult(f"{what}: a score mod returns a floating-point score, got {changed.dtype}")
+        if changed.ndim:
+            raise _WrongResult(f"{what}: a score mod returns one score for one score, got shape {tuple(changed.shape)}")
+        return changed
+
+    try:
+        with torch.no_grad():
+            apply_score_mod(tried, torch.zeros(1, heads, _TRIED, _TRIED, device=device))
+    except _WrongResult:
+        raise
+    except Exception as error:
+        raise ValueError(f"{what}: it fails for the first {_TRIED} queries and keys: {_shown_error(error)}") from error
+
+
 class _WrongResult(ValueError):
     """Raised inside torch's evaluation, to be told from the mask's own errors."""
 
@@ -115,45 +217,58 @@ def _check_info(mask: MaskMod, kept: Tensor, what: str) -> None:
         if wrong is not None and wrong.any():
             _, _, t, j = wrong.nonzero()[0].tolist()
             raise ValueError(f"{what}: its info ({facts}) is false, it {verb} key {j} for query {t}")
+    if info.residual is not None:
+        size = {"q_len": len(positions), "kv_len": len(positions), "device": kept.device, "batch": kept.shape[0]}
+        wrong = dense_mask(residual_mask(mask), **size) ^ dense_mask(info.residual.mask(), **size)  # type: ignore[arg-type]
+        if wrong.any():
+            _, _, t, j = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"{what}: its info ({info.residual}) is false, exactly one of mask and residual must read key {j} for "
+                f"query {t}"
+            )
 
 
-def _find(name: str) -> MaskFactory:
+def _find(kind: _Kind, name: str) -> Callable[..., object]:
     if not isinstance(name, str):
-        raise ValueError(f"a mask is named by a string, got {name!r} ({type(name).__name__})")
+        raise ValueError(f"a {kind.noun} is named by a string, got {name!r} ({type(name).__name__})")
     if ":" in name:
-        return _import_factory(name)
-    if name in FACTORIES:
-        return FACTORIES[name]
+        return _import_factory(kind.noun, name)
+    if name in kind.factories:
+        return kind.factories[name]
     raise ValueError(
-        f"unknown mask {name!r}{_did_you_mean(name, FACTORIES)}: known are {', '.join(available_masks())}, "
-        'and "package.module:factory" names your own'
+        f"unknown {kind.noun} {name!r}{_did_you_mean(name, kind.factories)}: known are "
+        f'{", ".join(sorted(kind.factories))}, and "package.module:factory" names your own'
     )
 
 
-def _import_factory(name: str) -> MaskFactory:
+def _import_factory(noun: str, name: str) -> Callable[..., object]:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
-        raise ValueError(f'a mask of your own is named "package.module:factory", got {name!r}')
+        raise ValueError(f'a {noun} of your own is named "package.module:factory", got {name!r}')
     try:
         # A module may fail on import in any way; all are the user's to see.
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise ValueError(f"mask {name!r}: cannot import {module_name!r}: {_shown_error(error)}") from error
+        raise ValueError(f"{noun} {name!r}: cannot import {module_name!r}: {_shown_error(error)}") from error
     try:
         factory = getattr(module, attribute)
     except AttributeError as error:
         hint = _did_you_mean(attribute, vars(module))
-        raise ValueError(f"mask {name!r}: AttributeError: {error}{hint}") from error
+        raise ValueError(f"{noun} {name!r}: AttributeError: {error}{hint}") from error
     if not callable(factory):
-        raise ValueError(f"mask {name!r}: the factory must be a function that returns a mask, got {factory!r}")
+        raise ValueError(f"{noun} {name!r}: the factory must be a function that returns a {noun}, got {factory!r}")
     return factory
 
 
-def _check_arguments(what: str, factory: MaskFactory, args: dict[str, object]) -> None:
+def _signature(what: str, factory: Callable[..., object]) -> inspect.Signature:
     try:
-        signature = inspect.signature(factory)
+        return inspect.signature(factory)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what}: the factory's arguments cannot be read: {error}") from error
+
+
+def _check_arguments(what: str, factory: Callable[..., object], args: dict[str, object]) -> None:
+    signature = _signature(what, factory)
     try:
         signature.bind(**args)
     except TypeError as error:

@@ -9,4 +9,4 @@ def causal() -> MaskMod:
     def keep(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return kv_idx <= q_idx
 
-    return describe(keep, MaskInfo(name="causal", causal=True, exact=True))
+    return describe(keep, MaskInfo(name="causal", causal=True, exact=True, relative=True))

@@ -1,6 +1,8 @@
 from torch import Tensor
 
+from score_mods.blocks import BlockPairs, Judgement, can_judge, judge, judge_all, judge_any
 from score_mods.info import MaskInfo, MaskMod, check_takes_four, describe, mask_info
+from score_mods.masks.document import document
 
 
 def all_of(*masks: MaskMod) -> MaskMod:
@@ -28,7 +30,9 @@ def all_of(*masks: MaskMod) -> MaskMod:
         window=min(windows, default=None),
         documents=_distinct([ids for info in known for ids in info.documents]),
         exact=all(info is not None and info.exact for info in infos),
+        relative=all(info is not None and info.relative for info in infos),
         parts=masks,
+        blocks=judge_all(masks),
     )
     return describe(keep, info)
 
@@ -57,9 +61,46 @@ def any_of(*masks: MaskMod) -> MaskMod:
         causal=all(info is not None and info.causal for info in infos),
         window=max(bounded) if len(bounded) == len(masks) else None,
         documents=_in_every([info.documents if info is not None else () for info in infos]),
+        relative=all(info is not None and info.relative for info in infos),
         parts=masks,
+        blocks=judge_any(masks),
     )
     return describe(keep, info)
+
+
+def in_documents(mask: MaskMod, *, document_ids: Tensor, positions: Tensor) -> MaskMod:
+    """Keep what `mask` keeps within one document, asked for positions in the document: mask(pos(t), pos(j)), same id.
+
+    document_ids, positions: (B, T) integers of packed rows; positions restart at 0 with each document. A mask of t - j
+    alone (its info says `relative`) is the same for indices in the row, and is asked for those: no table to read.
+
+    Raises ValueError for document ids that are no integers of shape (B, T).
+    """
+    same = document(document_ids)
+    info = mask_info(mask)
+    if info is not None and info.relative:
+        return all_of(mask, same)
+
+    def keep(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return same(b, h, q_idx, kv_idx) & mask(b, h, positions[b, q_idx], positions[b, kv_idx])
+
+    def blocks(pairs: BlockPairs) -> Judgement:
+        kept, full = judge(mask, pairs.at(positions))
+        same_kept, same_full = judge(same, pairs)
+        return kept & same_kept, full & same_full
+
+    return describe(
+        keep,
+        MaskInfo(
+            name="in_documents",
+            causal=info is not None and info.causal,
+            window=None if info is None else info.window,
+            documents=(document_ids,),
+            tensors=(positions,),
+            parts=(mask,),
+            blocks=blocks if can_judge(mask) else None,
+        ),
+    )
 
 
 def _check(name: str, masks: tuple[MaskMod, ...]) -> tuple[MaskMod, tuple[MaskMod, ...]]:

@@ -17,5 +17,7 @@ def sliding_window(window: int) -> MaskMod:
     def keep(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (kv_idx <= q_idx) & (q_idx - kv_idx <= window)
 
-    args = (("window", window),)
-    return describe(keep, MaskInfo(name="sliding_window", args=args, causal=True, window=window, exact=True))
+    info = MaskInfo(
+        name="sliding_window", args=(("window", window),), causal=True, window=window, exact=True, relative=True
+    )
+    return describe(keep, info)
