@@ -22,7 +22,7 @@ from torchtitan.protocols.module import Module
 
 from flexrattn.masked_attention import Mask, MaskedAttention
 from flexrattn.packing import document_ids_from_positions
-from scan_kernels import initial_state_from_pairs, residual_linear_attention
+from scan_kernels import initial_state_from_pairs, residual_linear_attention, residual_shift
 
 
 class LayerKind(StrEnum):
@@ -109,7 +109,8 @@ class ResidualLinearBranch(Module):
     """The linear branch as a module of its own: q, k, v in, phi(q_t) S_{t-window-1} out, reset at document borders.
 
     `positions` (B, T) restart at 0 with each document. Everything past v is keyword-only, as torchtitan's local_map
-    wants it.
+    wants it. What it reads is `score_mods.Residual`: with `sinks`, not the first tokens of a document.
+    draws: in training the window is data, `drawn_window`, which the model sets for each step; `window` in evaluation.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -118,10 +119,15 @@ class ResidualLinearBranch(Module):
         feature_map: str = "softmax"
         impl: str = "auto"
         save_every: int | None = None
+        sinks: int = 0
+        draws: bool = False
 
     def __init__(self, config: Config):
         super().__init__()
         self.window = config.window
+        self.sinks = config.sinks
+        self.draws = config.draws
+        self.drawn_window: torch.Tensor | None = None
         self.feature_map = config.feature_map
         self.impl = config.impl
         self.save_every = config.save_every
@@ -137,17 +143,46 @@ class ResidualLinearBranch(Module):
     ) -> torch.Tensor:
         if initial_state is not None:
             initial_state = initial_state.expand(q_BLNH.shape[0], *initial_state.shape)
+        window = self.window
+        if self.sinks:
+            # A key with v = 0 adds nothing to the state, and its v gets no gradient from here.
+            v_BLNH = torch.where(_positions(k_BLNH, positions)[..., None, None] < self.sinks, 0.0, v_BLNH)
+        if self.draws and self.training:
+            assert self.drawn_window is not None, "set_step comes before a training step"
+            k_BLNH, v_BLNH = shifted_keys(k_BLNH, v_BLNH, positions, self.drawn_window)
+            window = None
         return residual_linear_attention(
             q_BLNH,
             k_BLNH,
             v_BLNH,
-            window=self.window,
+            window=window,
             feature_map=self.feature_map,
             document_ids=None if positions is None else document_ids_from_positions(positions),
             initial_state=initial_state,
             impl=self.impl,
             save_every=self.save_every,
         )
+
+
+def _positions(k_BTGD: torch.Tensor, positions_BT: torch.Tensor | None) -> torch.Tensor:
+    return torch.arange(k_BTGD.shape[1], device=k_BTGD.device)[None] if positions_BT is None else positions_BT
+
+
+def shifted_keys(
+    k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, positions_BT: torch.Tensor | None, window: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row t holds the youngest key that the residual branch of query t reads, or zeros: a window that is data.
+
+    The scan's own shift is a number that programs are compiled for. Over these keys it needs none (window=None), so
+    that another window compiles nothing. Rows whose key would be of an earlier document hold k = v = 0.
+    """
+    lag = residual_shift(window)
+    T = k_BTGD.shape[1]
+    # A permutation, so that no two rows add to one gradient.
+    index_T = (torch.arange(T, device=k_BTGD.device) - lag) % T
+    there = (_positions(k_BTGD, positions_BT) >= lag)[..., None, None]
+    k_BTGD, v_BTGD = (torch.where(there, x.index_select(1, index_T), 0.0) for x in (k_BTGD, v_BTGD))
+    return k_BTGD, v_BTGD
 
 
 class RAttention(GQAttention):

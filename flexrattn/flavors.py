@@ -7,9 +7,9 @@ the window and the feature map are arguments: two arms of a comparison differ in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch.nn as nn
 from torchtitan.models.common import CosSinRoPE, Embedding, Linear
@@ -26,12 +26,16 @@ from flexrattn.attention import (
     ResidualLinearBranch,
 )
 from flexrattn.initializers import Normal
-from flexrattn.masked_attention import KERNEL_OPTIONS, MaskedAttention
+from flexrattn.layer_choice import check_selectors, resolve_layers
+from flexrattn.masked_attention import KERNEL_OPTIONS, MaskedAttention, ScoreModSpec
 from flexrattn.model import Block, GatedFeedForward, MaskSpec, RAttentionModel
 from flexrattn.suggest import choose
 from scan_kernels import available_feature_maps
+from score_mods import MaskMod, mask_info, required_arguments, residual_of, score_info
 
 INIT_STD = 0.02
+
+Spec = TypeVar("Spec", MaskSpec, ScoreModSpec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +100,12 @@ class Layers:
 
     window: previous keys a query sees besides itself; None with kind "rattention" is the linear branch alone.
     local_mask / global_mask: a registered mask or "package.module:factory"; None is the kind's own (a sliding window
-    of `window`, or causal). A linear branch reads what a plain window leaves out, so it goes with no other mask.
+    of `window`, or causal). Beside a linear branch only masks go whose residual it can read (score_mods/residual.py):
+    window and sinks of the branch are then the mask's.
+    local_score_mod / global_score_mod: a registered score mod or "package.module:factory".
+    layer_masks, layer_score_mods: the same for single layers, by index or slice ("0", "-1", "4:12", "::4"); later
+    entries come before earlier ones, all of them before local_... and global_...
+    A required argument `window` (`heads`) that a mask (score mod) is not given is the layers' own.
     branch_norm: the per-head norms before the sum; False is the paper's "no group norm" row.
     learned_initial_state, learned_qk_scale: the authors' options for the linear branch.
     softmax_backend: which kernels FlexAttention makes of the masks, on a GPU: its own, or FlashAttention-4's.
@@ -108,6 +117,10 @@ class Layers:
     pattern: tuple[str, ...] = DEFAULT_PATTERN
     local_mask: MaskSpec | None = None
     global_mask: MaskSpec | None = None
+    layer_masks: tuple[tuple[str, MaskSpec | None], ...] = ()
+    local_score_mod: ScoreModSpec | None = None
+    global_score_mod: ScoreModSpec | None = None
+    layer_score_mods: tuple[tuple[str, ScoreModSpec | None], ...] = ()
     branch_norm: bool = True
     learned_initial_state: bool = False
     learned_qk_scale: bool = False
@@ -122,10 +135,16 @@ def make_layers(
     window: int | None = None,
     feature_map: str = "softmax",
     pattern: Sequence[str] = DEFAULT_PATTERN,
-    local_mask: str | None = None,
+    local_mask: str | dict[str, Any] | None = None,
     local_mask_args: dict[str, Any] | None = None,
-    global_mask: str | None = None,
+    global_mask: str | dict[str, Any] | None = None,
     global_mask_args: dict[str, Any] | None = None,
+    layer_masks: Mapping[Any, Any] | None = None,
+    local_score_mod: str | dict[str, Any] | None = None,
+    local_score_mod_args: dict[str, Any] | None = None,
+    global_score_mod: str | dict[str, Any] | None = None,
+    global_score_mod_args: dict[str, Any] | None = None,
+    layer_score_mods: Mapping[Any, Any] | None = None,
     branch_norm: bool = True,
     learned_initial_state: bool = False,
     learned_qk_scale: bool = False,
@@ -133,11 +152,14 @@ def make_layers(
     scan_save_every: int | None = None,
     softmax_backend: str = "triton",
 ) -> Layers:
-    """Check a choice of layers and give it its types. ValueError says what was given and what would do."""
+    """Check a choice of layers and give it its types. ValueError says what was given and what would do.
+
+    A mask or score mod is a name, with its arguments in `..._args`, or both at once: {"attention_sink": {"sinks": 4}}.
+    """
     kind = LayerKind(choose(layer_kind, [k.value for k in LayerKind], what="layer_kind"))
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 0):
         raise ValueError(f"window must be an integer >= 0 (previous keys a query sees) or null, got {window!r}")
-    if kind is LayerKind.SWA and window is None and local_mask is None:
+    if kind is LayerKind.SWA and window is None and local_mask is None and not layer_masks:
         raise ValueError("layer_kind 'swa' needs a window: the number of previous keys a query sees besides itself")
     if kind is LayerKind.FULL and window is not None:
         raise ValueError(f"layer_kind 'full' has no window, got window {window}: leave it out or use 'swa'")
@@ -147,21 +169,17 @@ def make_layers(
         raise ValueError(f"pattern must be a list of 'local' and 'global', got {pattern!r}")
     for entry in pattern:
         choose(entry, ("local", "global"), what="pattern entry")
-    for name, args in (("local_mask", local_mask_args), ("global_mask", global_mask_args)):
-        if args and {"local_mask": local_mask, "global_mask": global_mask}[name] is None:
-            raise ValueError(f"{name}_args given without {name}: name the mask they belong to")
-    if kind is LayerKind.RATTENTION and local_mask is not None:
-        raise ValueError(
-            f"local_mask {local_mask!r} does not go with layer_kind 'rattention': the linear branch reads what a "
-            "sliding window leaves out, and other masks leave out something else; use layer_kind 'swa' or 'full'"
-        )
     return Layers(
         kind=kind,
         window=window,
         feature_map=feature_map,
         pattern=tuple(pattern),
-        local_mask=MaskSpec(name=local_mask, args=local_mask_args or {}) if local_mask else None,
-        global_mask=MaskSpec(name=global_mask, args=global_mask_args or {}) if global_mask else None,
+        local_mask=_named(MaskSpec, "local_mask", local_mask, local_mask_args),
+        global_mask=_named(MaskSpec, "global_mask", global_mask, global_mask_args),
+        layer_masks=_by_layer(MaskSpec, "layer_masks", layer_masks),
+        local_score_mod=_named(ScoreModSpec, "local_score_mod", local_score_mod, local_score_mod_args),
+        global_score_mod=_named(ScoreModSpec, "global_score_mod", global_score_mod, global_score_mod_args),
+        layer_score_mods=_by_layer(ScoreModSpec, "layer_score_mods", layer_score_mods),
         branch_norm=branch_norm,
         learned_initial_state=learned_initial_state,
         learned_qk_scale=learned_qk_scale,
@@ -169,6 +187,37 @@ def make_layers(
         scan_save_every=scan_save_every,
         softmax_backend=softmax_backend,
     )
+
+
+def _named(spec: type[Spec], what: str, given: object, args: dict[str, Any] | None = None) -> Spec | None:
+    """A name, or {name: arguments}, as a spec."""
+    if given is None:
+        if args:
+            raise ValueError(f"{what}_args given without {what}: name what they belong to")
+        return None
+    if isinstance(given, Mapping) and len(given) == 1:
+        name, inner = next(iter(given.items()))
+        if args:
+            raise ValueError(f"{what} {name!r} is given its arguments twice: in {what} and in {what}_args")
+        given, args = name, {} if inner is None else inner
+    if not isinstance(given, str) or not isinstance(args or {}, dict):
+        raise ValueError(f"{what} must be a name or {{name: {{argument: value}}}}, got {given!r} with {args!r}")
+    return spec(name=given, args=dict(args or {}))
+
+
+def _by_layer(spec: type[Spec], what: str, given: Mapping[Any, Any] | None) -> tuple[tuple[str, Spec | None], ...]:
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f'{what} must be a mapping of layers to names, such as {{"0:4": causal}}, got {given!r}')
+    entries = tuple((str(layers), _named(spec, f"{what}[{layers}]", each)) for layers, each in (given or {}).items())
+    check_selectors(what, [layers for layers, _ in entries])
+    return entries
+
+
+def _filled(spec: Spec, noun: str, known: dict[str, Any]) -> Spec:
+    """The spec with those required arguments that it lacks and the layers know."""
+    missing = [name for name in required_arguments(noun, spec.name) if name not in spec.args]
+    found = {name: known[name] for name in missing if known.get(name) is not None}
+    return dataclasses.replace(spec, args={**spec.args, **found}) if found else spec
 
 
 def resolve_flavor(flavor: str, overrides: dict[str, Any] | None = None) -> Flavor:
@@ -182,17 +231,26 @@ def resolve_flavor(flavor: str, overrides: dict[str, Any] | None = None) -> Flav
 
 def build_model_config(size: Flavor, layers: Layers) -> RAttentionModel.Config:
     """The model config of a size and a choice of layers. Weights: normal, std 0.02, residual outputs scaled down."""
-    local_key, local_mask = _mask_of(layers.kind, layers.window, layers.local_mask)
-    global_key, global_mask = _mask_of(LayerKind.FULL, None, layers.global_mask)
-    if local_key == global_key and local_mask != global_mask:
-        global_key = f"global_{global_key}"
+    own_masks = resolve_layers("layer_masks", layers.layer_masks, size.n_layers)
+    own_score_mods = resolve_layers("layer_score_mods", layers.layer_score_mods, size.n_layers)
+    # Every mask and score mod is built here: a broken one is refused before anything is allocated.
     masks: dict[str, MaskSpec] = {}
+    built: dict[str, MaskMod] = {}
     blocks = []
     for i in range(size.n_layers):
         local = layers.pattern[i % len(layers.pattern)] == "local"
-        attention = _attention(size, layers, local=local, mask=local_key if local else global_key)
-        if attention.has_softmax:
-            masks[attention.mask] = local_mask if local else global_mask
+        spec = own_masks.get(i) or _default_mask(layers, local=local)
+        score_mod = own_score_mods.get(i) or (layers.local_score_mod if local else layers.global_score_mod)
+        key, mask = "", None
+        if spec is not None:
+            spec = _filled(spec, "mask", {"window": layers.window})
+            key = _key(spec, masks)
+            if key not in masks:
+                masks[key], built[key] = spec, spec.build()
+            mask = built[key]
+        if score_mod is not None:
+            score_mod = _check_score_mod(_filled(score_mod, "score mod", {"heads": size.n_heads}), size, i, mask)
+        attention = _attention(size, layers, local=local, key=key, mask=mask, score_mod=score_mod)
         blocks.append(
             Block.Config(
                 attention_norm=_norm(size, size.dim),
@@ -201,8 +259,6 @@ def build_model_config(size: Flavor, layers: Layers) -> RAttentionModel.Config:
                 feed_forward=_feed_forward(size),
             )
         )
-    for spec in masks.values():
-        spec.build()  # an unknown or broken mask is refused here, before anything is allocated
     return RAttentionModel.Config(
         dim=size.dim,
         vocab_size=size.vocab_size,
@@ -219,14 +275,36 @@ def build_model_config(size: Flavor, layers: Layers) -> RAttentionModel.Config:
     )
 
 
-def _mask_of(kind: LayerKind, window: int | None, given: MaskSpec | None) -> tuple[str, MaskSpec]:
-    """A layer's mask and the key under which the batch's masks hold it."""
+def _default_mask(layers: Layers, *, local: bool) -> MaskSpec | None:
+    """The mask of local or of global layers; None for the linear branch alone."""
+    given = layers.local_mask if local else layers.global_mask
     if given is not None:
-        arguments = "_".join(f"{k}{v}" for k, v in sorted(given.args.items()))
-        return f"{given.name}_{arguments}".rstrip("_"), given
-    if kind is LayerKind.FULL:
-        return "causal", MaskSpec(name="causal")
-    return f"sliding_window_{window}", MaskSpec(name="sliding_window", args={"window": window})
+        return given
+    if not local or layers.kind is LayerKind.FULL:
+        return MaskSpec(name="causal")
+    if layers.kind is LayerKind.RATTENTION and layers.window is None:
+        return None
+    return MaskSpec(name="sliding_window", args={"window": layers.window})
+
+
+def _key(spec: MaskSpec, masks: dict[str, MaskSpec]) -> str:
+    """The name under which the batch's masks hold this one: sliding_window_512, attention_sink_sinks4_window64."""
+    arguments = "_".join(f"{k}{v}" for k, v in sorted(spec.args.items()))
+    if spec.name == "sliding_window" and set(spec.args) == {"window"}:
+        arguments = str(spec.args["window"])
+    key = f"{spec.name}_{arguments}".rstrip("_")
+    while key in masks and masks[key] != spec:
+        key += "'"
+    return key
+
+
+def _check_score_mod(spec: ScoreModSpec, size: Flavor, layer: int, mask: MaskMod | None) -> ScoreModSpec:
+    if mask is None:
+        raise ValueError(f"score mod {spec.name!r} of layer {layer} changes nothing: the layer has no softmax branch")
+    info = score_info(spec.build())
+    if info is not None and info.heads is not None and info.heads != size.n_heads:
+        raise ValueError(f"score mod {spec.name!r} is for {info.heads} heads, layer {layer} has {size.n_heads}")
+    return spec
 
 
 def _linear_init(std: float = INIT_STD) -> dict[str, Any]:
@@ -255,8 +333,13 @@ def _feed_forward(size: Flavor) -> GatedFeedForward.Config:
     )
 
 
-def _attention(size: Flavor, layers: Layers, *, local: bool, mask: str) -> RAttention.Config:
-    """One layer's attention. Local layers rotate q and k; global ones carry no position (PAPER.md)."""
+def _attention(
+    size: Flavor, layers: Layers, *, local: bool, key: str, mask: MaskMod | None, score_mod: ScoreModSpec | None
+) -> RAttention.Config:
+    """One layer's attention. Local layers rotate q and k; global ones carry no position (PAPER.md).
+
+    mask: of its softmax branch, held under `key`; None: it has no such branch.
+    """
     gqa = make_gqa_config(
         dim=size.dim,
         n_heads=size.n_heads,
@@ -265,17 +348,23 @@ def _attention(size: Flavor, layers: Layers, *, local: bool, mask: str) -> RAtte
         wqkv_param_init=_linear_init(),
         wo_param_init=_linear_init(_residual_std(size)),
         qk_norm=_norm(size, size.head_dim) if size.qk_norm else None,
-        inner_attention=MaskedAttention.Config(kernel_options=dict(KERNEL_OPTIONS[layers.softmax_backend])),
+        inner_attention=MaskedAttention.Config(
+            kernel_options=dict(KERNEL_OPTIONS[layers.softmax_backend]),
+            score_mod=score_mod,
+            param_init={"score_table": nn.init.zeros_},
+        ),
         rope=CosSinRoPE.Config(dim=size.head_dim, max_seq_len=size.max_seq_len, theta=size.rope_theta),
     )
     inherited = {f.name: getattr(gqa, f.name) for f in dataclasses.fields(gqa)}
     kind = layers.kind if local else LayerKind.FULL
+    info = None if mask is None else mask_info(mask)
     if kind is not LayerKind.RATTENTION:
-        return RAttention.Config(
-            **inherited, kind=kind, window=layers.window if local else None, use_rope=local, mask=mask
-        )
+        window = info.window if info is not None and info.is_plain_window and kind is LayerKind.SWA else None
+        return RAttention.Config(**inherited, kind=kind, window=window, use_rope=local, mask=key)
 
-    has_softmax = layers.window is not None
+    has_softmax = mask is not None
+    residual = None if mask is None else residual_of(mask)
+    window = None if residual is None else residual.window
     ones = {"weight": nn.init.ones_}
     head_norm = HeadRMSNorm.Config(n_heads=size.n_heads, head_dim=size.head_dim, param_init=ones)
     head_scale = HeadScale.Config(head_dim=size.head_dim, param_init=ones)
@@ -290,14 +379,16 @@ def _attention(size: Flavor, layers: Layers, *, local: bool, mask: str) -> RAtte
     return RAttention.Config(
         **inherited,
         kind=kind,
-        window=layers.window,
+        window=window,
         use_rope=has_softmax,
-        mask=mask,
+        mask=key,
         residual=ResidualLinearBranch.Config(
-            window=layers.window,
+            window=window,
             feature_map=layers.feature_map,
             impl=layers.scan_impl,
             save_every=layers.scan_save_every,
+            sinks=0 if residual is None else residual.sinks,
+            draws=info is not None and info.schedule is not None,
         ),
         swa_norm=head_norm if has_softmax and layers.branch_norm else None,
         rla_norm=dataclasses.replace(head_norm) if layers.branch_norm else None,

@@ -61,9 +61,9 @@ class ScoreModSpec:
 class MaskedAttention(FlexAttention):
     """softmax(score_mod(q k^T * scale), over the keys the mask keeps) v; grouped heads share a key/value head.
 
-    A `BlockMask` goes to FlexAttention, a boolean tensor to `scaled_dot_product_attention`: FlexAttention has no
-    backward on the CPU; with a score mod it goes to `dense_attention`. The model builds the one that the device can use,
-    so nothing is chosen here. `score_table` is the parameter of a score mod with a learned table.
+    A `BlockMask` goes to FlexAttention, a boolean tensor to `scaled_dot_product_attention` (with a score mod to
+    `dense_attention`): FlexAttention has no backward on the CPU. The model builds the one that the device can use, so
+    nothing is chosen here. `score_table` is the parameter of a score mod with a learned table.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -123,9 +123,7 @@ class MaskedAttention(FlexAttention):
             )
         elif score_mod is not None:
             check_backend(self.kernel_options, q_BLNH.device)
-            o_BHTD = dense_attention(
-                q_BHTD, k_BGTD, v_BGTD, mask=attention_masks, score_mod=score_mod, scale=scale
-            )
+            o_BHTD = dense_attention(q_BHTD, k_BGTD, v_BGTD, mask=attention_masks, score_mod=score_mod, scale=scale)
         else:
             check_backend(self.kernel_options, q_BLNH.device)
             o_BHTD = F.scaled_dot_product_attention(

@@ -15,7 +15,17 @@ from flexrattn import flops
 from flexrattn.attention import RAttention
 from flexrattn.masked_attention import Mask
 from flexrattn.packing import document_ids_from_positions
-from score_mods import MaskMod, all_of, build_block_mask, dense_mask, document, make_mask
+from score_mods import (
+    MaskMod,
+    build_block_mask,
+    dense_mask,
+    drawn_window,
+    in_documents,
+    make_mask,
+    mask_info,
+    reads_ahead,
+    score_info,
+)
 
 
 class GatedFeedForward(FeedForward):
@@ -83,6 +93,7 @@ class RAttentionModel(Decoder):
         def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
             Decoder.Config.update_from_config(self, config=config, **kwargs)
             refuse_context_parallel(config.parallelism)
+            refuse_split_heads(self, config.parallelism)
             from flexrattn.sharding import set_sharding
 
             set_sharding(self, enable_sp=config.parallelism.enable_sequence_parallel)
@@ -93,22 +104,75 @@ class RAttentionModel(Decoder):
     def __init__(self, config: Config):
         super().__init__(config)
         self.mask_mods = {key: spec.build() for key, spec in config.masks.items()}
+        self._drawn: dict[str, torch.Tensor] = {}
+        _make_room_for_compilations(config)
+
+    def set_step(self, step: int) -> None:
+        """Draw the windows of training step `step` (counted from 1), for both branches of every layer.
+
+        The trainer calls it before each step; a loop of your own does, too, where a mask draws windows. They are data
+        at fixed addresses: nothing is compiled again, and nothing waits for the device.
+        """
+        for key, mask in self.mask_mods.items():
+            info = mask_info(mask)
+            if info is None or info.schedule is None:
+                continue
+            window = info.schedule.at(step)
+            if key not in self._drawn:
+                device = next(self.parameters()).device
+                self._drawn[key] = torch.full((), window, dtype=torch.int64, device=device)
+            self._drawn[key].fill_(window)
+        for block in self.layers.values():
+            residual = block.attention.residual
+            if residual is not None and residual.draws:
+                residual.drawn_window = self._drawn[block.attention.mask]
 
     def get_attention_masks(self, positions: torch.Tensor) -> dict[str, Mask]:
         """One mask per distinct mask for a batch of positions (B, T): sparse blocks on a GPU, dense on the CPU.
 
-        Keeps a pair when the layer's mask keeps it and both tokens are of one document.
+        Keeps a pair when the layer's mask keeps it, asked for positions in the document, and both tokens are of one
+        document. A mask that draws windows is that of the step in training mode, and that of evaluation otherwise.
         """
         batch, tokens = positions.shape
-        # Not by name: `make_mask` tries a mask out, which would wait for the device once a batch.
-        same_document = document(document_ids_from_positions(positions))
+        document_ids = document_ids_from_positions(positions)
         build = dense_mask if positions.device.type == "cpu" else build_block_mask
 
-        def of_batch(mask: MaskMod) -> Mask:
-            whole = all_of(mask, same_document)
+        def of_batch(key: str, mask: MaskMod) -> Mask:
+            info = mask_info(mask)
+            if self.training and info is not None and info.schedule is not None:
+                if key not in self._drawn:
+                    raise ValueError(f"mask {key!r} draws its window by training step: call model.set_step(step) first")
+                mask = drawn_window(self._drawn[key])
+            whole = in_documents(mask, document_ids=document_ids, positions=positions)
             return build(whole, batch=batch, heads=None, q_len=tokens, kv_len=tokens, device=positions.device)
 
-        return {key: of_batch(mask) for key, mask in self.mask_mods.items()}
+        return {key: of_batch(key, mask) for key, mask in self.mask_mods.items()}
+
+
+def _make_room_for_compilations(config: RAttentionModel.Config) -> None:
+    """Let torch.compile keep a program for each distinct mask and score mod.
+
+    Its limit is 8 of one function. Past it FlexAttention would go on uncompiled, and compute all scores. Each kind of
+    layer is compiled for training and for evaluation, and for a second length.
+    """
+    kinds = {(layer.attention.mask, str(layer.attention.inner_attention.score_mod)) for layer in config.layers}
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(kinds) + 4)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 16 * dynamo.recompile_limit)
+
+
+def refuse_split_heads(config: RAttentionModel.Config, parallelism: Any) -> None:
+    """ValueError where tensor parallelism would split the heads that a score mod tells apart."""
+    if parallelism.tensor_parallel_degree == 1:
+        return
+    for layer in config.layers:
+        spec = layer.attention.inner_attention.score_mod
+        info = None if spec is None else score_info(spec.build())
+        if info is not None and info.heads is not None:
+            raise ValueError(
+                f"parallelism.tensor_parallel_degree = {parallelism.tensor_parallel_degree} splits the heads that "
+                f"score mod {info.name!r} tells apart: use 1, or a score mod that treats all heads alike"
+            )
 
 
 def refuse_context_parallel(parallelism: Any) -> None:
@@ -125,6 +189,9 @@ def log_layers(config: RAttentionModel.Config, seq_len: int) -> None:
     described = [describe_layer(layer.attention) for layer in config.layers]
     counts = {text: described.count(text) for text in dict.fromkeys(described)}
     logger.info("Layers: " + ", ".join(f"{n} x {text}" for text, n in counts.items()))
+    for key, spec in config.masks.items():
+        if reads_ahead(spec.build()):
+            logger.warning(f"mask {key} lets queries read later tokens, so that their losses see the answers")
     for layer in config.layers:
         attention = layer.attention
         if attention.residual is not None and attention.window is not None and attention.window >= seq_len:
@@ -144,4 +211,6 @@ def describe_layer(attention: RAttention.Config) -> str:
     if attention.has_softmax:
         details.append("rope" if attention.use_rope else "no positions")
         details.append(f"mask {attention.mask}")
+        if attention.inner_attention.score_mod is not None:
+            details.append(f"score mod {attention.inner_attention.score_mod.build().__name__}")
     return f"{attention.kind.value}({', '.join(details)})"

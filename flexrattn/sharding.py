@@ -6,6 +6,7 @@ all heads share (qk-norm, the learned q and k scale) are replicated. FSDP2 and H
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import spmd_types as spmd
@@ -39,7 +40,12 @@ def set_sharding(config: RAttentionModel.Config, *, enable_sp: bool) -> None:
 
 def _set_attention_sharding(attention: RAttention.Config, *, enable_sp: bool) -> None:
     set_gqa_attention_sharding(attention, enable_sp=enable_sp)
-    set_gqa_inner_attention_local_map(attention.inner_attention)
+    inner = attention.inner_attention
+    set_gqa_inner_attention_local_map(inner)
+    # A learned table of biases is whole on every rank: heads that it tells apart are not split (model.py refuses).
+    inner.sharding_config = dataclasses.replace(
+        inner.sharding_config, state_shardings={"score_table": dense_param_placement(tp=spmd.R)}
+    )
     if attention.residual is not None:
         set_gqa_inner_attention_local_map(attention.residual)
     for shared in (attention.qk_norm, attention.q_scale, attention.k_scale):

@@ -146,6 +146,9 @@ class RAttentionTrainer(Trainer):
     def train_step(self, data_iterator: Iterator[Any]) -> None:
         if self.step == 1 and self.config.validator.enable:
             self.validator.validate(self.model_parts, 0)
+        for part in self.model_parts:
+            assert isinstance(part, RAttentionModel)
+            part.set_step(self.step)
         super().train_step(data_iterator)
 
 

@@ -1,14 +1,20 @@
 """Which keys the residual branch reads: the one place where `window` becomes a shift."""
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
 
-def residual_shift(window: int | None) -> int:
+@overload
+def residual_shift(window: int | None) -> int: ...
+@overload
+def residual_shift(window: Tensor) -> Tensor: ...
+def residual_shift(window: int | Tensor | None) -> int | Tensor:
     """Positions from a query back to the youngest key that its residual branch reads.
 
     `window` previous keys and the query's own belong to the softmax branch, so the youngest residual key of query t is
-    `t - residual_shift(window)`. Without a softmax branch (`None`) it is t itself.
+    `t - residual_shift(window)`. Without a softmax branch (`None`) it is t itself. A tensor gives a tensor.
     """
     return 0 if window is None else window + 1
 

@@ -75,8 +75,13 @@ class BlockPairs:
         """The same blocks, with positions in the documents: (B, T) numbers that restart at 0 with each document."""
         q_low, q_high = _range(positions_BT, self.q_len, self.block_size)
         kv_low, kv_high = _range(positions_BT, self.kv_len, self.block_size)
-        ends = {"q_low": q_low[:, :, None], "q_high": q_high[:, :, None]}
-        return replace(self, **ends, kv_low=kv_low[:, None], kv_high=kv_high[:, None])
+        return replace(
+            self,
+            q_low=q_low[:, :, None],
+            q_high=q_high[:, :, None],
+            kv_low=kv_low[:, None],
+            kv_high=kv_high[:, None],
+        )
 
     def same_document(self, ids_BT: Tensor) -> Judgement:
         """Pairs of one document id.

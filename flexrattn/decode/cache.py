@@ -28,7 +28,7 @@ from torch import Tensor
 from flexrattn.attention import LayerKind, RAttention
 from flexrattn.model import RAttentionModel
 from scan_kernels import feature_dim
-from score_mods import MaskMod, mask_info
+from score_mods import MaskMod, mask_info, reads_ahead
 
 FORMAT = "flexrattn.decode.cache/1"
 
@@ -58,7 +58,11 @@ class LayerSpec:
 
 
 def layer_spec(attention: RAttention.Config, model: RAttentionModel.Config) -> LayerSpec:
-    """Of a layer's config. ValueError for a linear branch beside another mask than its window."""
+    """Of a layer's config.
+
+    ValueError for what has no cache: a linear branch beside another mask than its window, a score mod, and masks that
+    let queries read later keys.
+    """
     H, D = attention.n_heads, attention.head_dim
     G = attention.n_kv_heads or H
     assert D is not None
@@ -70,7 +74,18 @@ def layer_spec(attention: RAttention.Config, model: RAttentionModel.Config) -> L
             window = info.window
         else:
             mask = mask_mod
+        if mask is not None and reads_ahead(mask):
+            raise ValueError(f"decoding needs causal masks: {attention.mask} lets queries read later tokens")
+        if attention.inner_attention.score_mod is not None:
+            raise ValueError(
+                f"decoding has no score mods yet, the model has {attention.inner_attention.score_mod.name!r}"
+            )
     residual = attention.residual
+    if residual is not None and residual.sinks:
+        raise ValueError(
+            f"decoding keeps no sinks beside a linear branch yet, the model has mask {attention.mask}: "
+            "layer_kind 'swa' decodes with it"
+        )
     if residual is not None and attention.kind is LayerKind.RATTENTION and residual.window != window:
         raise ValueError(f"a linear branch behind window {residual.window} beside mask {attention.mask!r} has no cache")
     feature_map = residual.feature_map if residual is not None else "softmax"

@@ -21,6 +21,7 @@ from torchtitan.models.common.rope import RoPE
 from flexrattn.attention import LayerKind
 from flexrattn.data.tokenizer import ByteTokenizer, check_vocabulary
 from flexrattn.flavors import Flavor, Layers, build_model_config
+from flexrattn.masked_attention import ScoreModSpec
 from flexrattn.model import MaskSpec, RAttentionModel
 
 CONFIG_FILE = "config.json"
@@ -113,16 +114,14 @@ def model_config(saved: dict[str, Any], *, source: str) -> RAttentionModel.Confi
             "scan_impl": residual["impl"],
             "scan_save_every": residual.get("save_every"),
         }
-    try:
-        built = build_model_config(size, Layers(**own))
-    except ValueError:  # a kind without a mask of its own
-        built = None
-    if built is None or built.masks != masks:
-        keys = {kind: a["mask"] for a, kind in zip(attentions, patterns, strict=True)}
-        given: dict[str, Any] = {f"{kind}_mask": masks.get(keys.get(kind, "")) for kind in ("local", "global")}
-        if own["kind"] is LayerKind.RATTENTION:
-            del given["local_mask"]
-        built = build_model_config(size, Layers(**own, **given))
+    # Layer by layer: whichever of the ways to choose masks and score mods the run took, this is what they came to.
+    score_mods = [(a["inner_attention"] or {}).get("score_mod") for a in attentions]
+    layers = Layers(
+        **own,
+        layer_masks=tuple((str(i), masks[a["mask"]]) for i, a in enumerate(attentions) if a["mask"] in masks),
+        layer_score_mods=tuple((str(i), ScoreModSpec(**spec)) for i, spec in enumerate(score_mods) if spec),
+    )
+    built = build_model_config(size, layers)
     different = _difference(saved, json.loads(json.dumps(built.to_dict())))
     if different:
         raise ValueError(f"{source} describes a model that this version does not build: {different}")

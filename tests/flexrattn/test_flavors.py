@@ -133,7 +133,6 @@ def test_pattern_repeats(pattern, kinds):
         ({"window": 4, "pattern": []}, "pattern must be a list"),
         ({"window": 4, "pattern": "LLLG"}, "pattern must be a list"),
         ({"window": 4, "pattern": ["local", "globl"]}, "unknown pattern entry 'globl', did you mean 'global'"),
-        ({"window": 4, "local_mask": "causal"}, "'causal' does not go with layer_kind 'rattention'"),
         ({"window": 4, "global_mask_args": {"window": 4}}, "global_mask_args given without global_mask"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",

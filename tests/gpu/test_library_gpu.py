@@ -1,4 +1,4 @@
-"""Every mask and score mod of the library through compiled FlexAttention, forward and backward, against dense float64."""
+"""Every mask and score mod through compiled FlexAttention, forward and backward, against dense float64."""
 
 from __future__ import annotations
 

@@ -115,7 +115,11 @@ BAD = {
     "missing": ("alibi", {}, "score mod 'alibi' takes heads: int, given no arguments"),
     "odd": ("relative_bias", {"heads": 2, "buckets": 7}, "buckets must be even"),
     "near": ("relative_bias", {"heads": 2, "buckets": 8, "max_distance": 4}, "max_distance must be >= 5"),
-    "table": ("relative_bias", {"heads": 2, "table": torch.zeros(2, 3)}, r"table must be .* got torch.float32 \(2, 3\)"),
+    "table": (
+        "relative_bias",
+        {"heads": 2, "table": torch.zeros(2, 3)},
+        r"table must be .* got torch.float32 \(2, 3\)",
+    ),
 }
 
 
