@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtitan.models.common.attention import FlexAttention
 
-from score_mods import ScoreMod, dense_attention, make_score_mod, score_info
+from score_mods import ScoreMod, dense_attention, make_score_mod, score_info, tensors_in
 
 # A mask for one attention kind: sparse blocks where a kernel uses them, a (B or 1, 1, T, T) boolean where not.
 Mask = BlockMask | torch.Tensor
@@ -25,6 +25,11 @@ Mask = BlockMask | torch.Tensor
 # by way of the package flash-attn-4. Under a window of 512 on an H200 it took three quarters of the time
 # (docs/kernels.md); its gradients are sums in no fixed order, so that two runs differ in their last bits.
 KERNEL_OPTIONS: dict[str, dict[str, str]] = {"triton": {}, "flash": {"BACKEND": "FLASH"}}
+
+
+# A score mod that reads a tensor loads a value for each score. Pipelined, these loads want more shared memory than a
+# Hopper has (seen on an H200: 242 KiB of 227 for FlexAttention's own choice of three stages).
+_TABLE_OPTIONS = {"num_stages": 1}
 
 
 def check_backend(kernel_options: Mapping[str, Any], device: torch.device) -> None:
@@ -85,6 +90,8 @@ class MaskedAttention(FlexAttention):
         if config.score_mod is not None:
             with torch.device("cpu"):
                 self.score_mod = config.score_mod.build()
+            if next(tensors_in(self.score_mod), None) is not None and self.kernel_options.get("BACKEND") != "FLASH":
+                self.kernel_options = {**_TABLE_OPTIONS, **self.kernel_options}
             info = score_info(self.score_mod)
             if info is not None and info.table_shape is not None:
                 self.score_table = torch.nn.Parameter(torch.empty(info.table_shape))

@@ -9,7 +9,7 @@ from score_mods.block_masks import build_block_mask, clear_block_mask_cache
 from score_mods.blocks import BlockPairs, Judgement
 from score_mods.counting import kept_pairs, reads_ahead
 from score_mods.dense import apply_score_mod, dense_attention, dense_mask
-from score_mods.info import MaskInfo, MaskMod, describe, fingerprint, mask_info
+from score_mods.info import MaskInfo, MaskMod, describe, fingerprint, mask_info, tensors_in
 from score_mods.masks.attention_sink import attention_sink
 from score_mods.masks.causal import causal
 from score_mods.masks.chunked import chunked
@@ -87,5 +87,6 @@ __all__ = [
     "soft_cap",
     "stochastic_window",
     "strided",
+    "tensors_in",
     "windows_2d",
 ]

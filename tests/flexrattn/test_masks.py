@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,8 +12,16 @@ from flexrattn.attention import ResidualLinearBranch, shifted_keys
 from flexrattn.decode.cache import DecodeCache
 from flexrattn.flops import attention_flops_per_token, mean_kept_keys
 from flexrattn.masked_attention import MaskedAttention, ScoreModSpec
-from flexrattn.model import MaskSpec, describe_layer
-from score_mods import dense_mask, in_documents, make_mask, mask_info, reference_attention, residual_of
+from flexrattn.model import MaskSpec, describe_layer, refuse_split_heads
+from score_mods import (
+    build_block_mask,
+    dense_mask,
+    in_documents,
+    make_mask,
+    mask_info,
+    reference_attention,
+    residual_of,
+)
 from tests.closeness import relative_error
 from tests.score_mods.catalogue import HEADS, MASKS, SCORE_MODS
 
@@ -335,3 +345,56 @@ def test_many_masks_leave_room_for_compilations(monkeypatch):
     layers = make_layers(window=4, layer_masks={str(i): {"sliding_window": {"window": i}} for i in range(12)})
     build_model_config(resolve_flavor("debug", size), layers).build()
     assert torch._dynamo.config.recompile_limit >= 12 * 4
+
+
+def test_heads_that_a_score_mod_tells_apart_are_not_split():
+    parallelism = SimpleNamespace(tensor_parallel_degree=2)
+    refuse_split_heads(config_of(window=4, local_score_mod={"soft_cap": {"cap": 3}}), parallelism)
+    for name in ("alibi", "relative_bias"):
+        config = config_of(window=4, layer_score_mods={"2": name})
+        with pytest.raises(ValueError, match=f"degree = 2 splits the heads that score mod {name!r} tells apart: use 1"):
+            refuse_split_heads(config, parallelism)
+        parallelism_of_one = SimpleNamespace(tensor_parallel_degree=1)
+        refuse_split_heads(config, parallelism_of_one)
+
+
+def test_score_mods_reach_flex_attention(monkeypatch):
+    """The block-mask path hands over the score mod, with the layer's table, and fewer stages where it reads one."""
+    seen = []
+
+    def attend(q, k, v, **options):
+        seen.append(options)
+        return q
+
+    monkeypatch.setattr(MaskedAttention, "_static_flex", staticmethod(attend))
+    block_mask = build_block_mask(make_mask("causal"), q_len=8, kv_len=8, device="cpu")
+    q, k = torch.zeros(1, 8, 4, 16), torch.zeros(1, 8, 2, 16)
+    for name, args in SCORE_MODS.items():
+        inner = MaskedAttention.Config(score_mod=ScoreModSpec(name=name, args=args)).build()
+        if inner.score_table is not None:
+            torch.nn.init.constant_(inner.score_table, 3.0)
+        inner(q, k, k, attention_masks=block_mask, enable_gqa=True)
+        assert seen[-1]["kernel_options"] == ({"num_stages": 1} if name == "relative_bias" else None)
+    index = [torch.tensor(i) for i in (0, 1, 7, 2)]
+    assert seen[-1]["score_mod"](torch.tensor(1.0), *index) == 4.0
+
+
+def test_drawn_windows_and_sinks_compile_into_one_graph_once():
+    """One graph a kind of layer, and no other one for another step's window."""
+    model = model_of(window=5, local_mask={"stochastic_window": {"low": 0, "high": 30}}).float()
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for block in model.layers.values():
+        block.compile(backend=count, fullgraph=True)
+    tokens, positions = torch.randint(0, 16, (1, T)), positions_of([25, 16])
+    compiled = []
+    for step in range(1, 5):
+        model.set_step(step)
+        run(model, tokens, positions)
+        compiled.append(len(graphs))
+    assert compiled == [2] * 4

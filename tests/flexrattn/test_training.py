@@ -191,3 +191,29 @@ def test_torchrun(uninterrupted, tmp_path):
     done = script(str(mine), "--training.local_batch_size", "2", "--training.steps", "4", launcher=torchrun)
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "out") == pytest.approx({step: expected[step] for step in range(1, 5)}, rel=2e-5)
+
+
+DRAWN = {
+    "window": 6,
+    "local_mask": {"stochastic_window": {"low": 0, "high": 40}},
+    "layer_masks": {"1": {"attention_sink": {"sinks": 2}}},
+    "local_score_mod": {"soft_cap": {"cap": 20}},
+    "layer_score_mods": {"-1": {"relative_bias": {"max_distance": 32}}},
+}
+
+
+def test_drawn_windows_resume_bit_for_bit_and_are_those_of_every_rank(tmp_path):
+    """Sinks, windows drawn by step and a learned bias: stopped and continued is one go, two ranks are one rank."""
+    config = write_config(tmp_path, recipe_args=DRAWN, validator={"enable": True, "freq": 3, "steps": 1})
+    done = train(config)
+    assert "stochastic_window" in done.output
+    whole = losses(tmp_path / "out")
+    (tmp_path / "resumed").mkdir()
+    mine = copy_run(config, tmp_path / "resumed")
+    train(mine, "--training.steps", "4")
+    assert "Training starts at step 5" in train(mine).output
+    assert losses(tmp_path / "resumed/out") == whole
+    (tmp_path / "two").mkdir()
+    two = copy_run(config, tmp_path / "two")
+    train(two, "--training.local_batch_size", "2", "--validator.no-enable", ranks=2)
+    assert losses(tmp_path / "two/out") == pytest.approx(whole, rel=2e-5)

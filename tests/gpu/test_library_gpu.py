@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flexrattn import build_model_config, make_layers, resolve_flavor
 from flexrattn.masked_attention import MaskedAttention, ScoreModSpec
 from score_mods import (
     build_block_mask,
@@ -119,3 +120,45 @@ def test_building_the_blocks_does_not_wait_for_the_device():
                 build_block_mask(in_documents(mask, **positions), batch=B, q_len=T, kv_len=T, device="cuda")
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_sinks_and_drawn_windows_train_compiled():
+    """Compiled blocks on the GPU, fp32, against the uncompiled model on the CPU in float64; no step compiles again."""
+    layers = make_layers(
+        window=20,
+        local_mask={"stochastic_window": {"low": 0, "high": 150}},
+        layer_masks={"1": {"attention_sink": {"sinks": 3}}},
+        local_score_mod={"soft_cap": {"cap": 5.0}},
+        global_score_mod="relative_bias",
+    )
+    config = build_model_config(resolve_flavor("debug", {"vocab_size": 64}), layers)
+    tokens = torch.randint(0, 64, (2, 300), generator=torch.Generator().manual_seed(0))
+    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in ([170, 130], [1, 299])])
+    exact = config.build()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        exact.init_weights()
+        for parameter in exact.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.1)
+    model = config.build()
+    model.init_weights()
+    model.load_state_dict(exact.state_dict())
+    model.cuda()
+    exact.double()
+    for block in model.layers.values():
+        block.compile(fullgraph=True, dynamic=False)
+    graphs = []
+    for step in range(1, 5):
+        results = []
+        for each, device in ((model, "cuda"), (exact, "cpu")):
+            each.set_step(step)
+            each.zero_grad()
+            at = positions.to(device)
+            logits = each(tokens.to(device), positions=at, attention_masks=each.get_attention_masks(at))
+            logits.square().mean().backward()
+            results.append({"logits": logits, **{name: p.grad for name, p in each.named_parameters()}})
+        for name, wanted in results[1].items():
+            assert relative_error(results[0][name], wanted) < 1e-3, (step, name)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1
