@@ -142,7 +142,8 @@ def test_sinks_and_drawn_windows_train_compiled():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.1)
     model = config.build()
-    model.init_weights()
+    with torch.no_grad():
+        model.init_weights()
     model.load_state_dict(exact.state_dict())
     model.cuda()
     exact.double()
