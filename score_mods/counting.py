@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from score_mods.block_masks import build_block_mask
-from score_mods.info import MaskMod, fingerprint, is_static, mask_info
+from score_mods.info import MaskMod, documents_in, fingerprint, is_static, mask_info
 
 BLOCK = 128
 # Pairs that are evaluated at a time, to bound the memory.
@@ -52,7 +52,7 @@ def reads_ahead(mask: MaskMod) -> bool:
     info = mask_info(mask)
     if info is not None and info.causal:
         return False
-    index = torch.arange(64)
+    index = torch.arange(min([64, *(ids.shape[1] for ids in documents_in(mask))]))
     zero = torch.zeros((), dtype=torch.long)
     return bool(_evaluated(mask, zero, index[:, None], index).triu(1).any())
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import score_mods
-from score_mods import available_masks, check_mask, dense_mask, fingerprint, make_mask, mask_info
-from score_mods.registry import FACTORIES
+from score_mods import available_masks, available_score_mods, check_mask, dense_mask, fingerprint, make_mask, mask_info
+from score_mods.registry import FACTORIES, SCORE_FACTORIES
+from tests.score_mods.catalogue import MASKS
 
 IDS = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2, 2], [0, 0, 0, 0, 1, 1, 1, 1, 1]])
 
@@ -68,13 +69,10 @@ def user(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_the_names():
-    assert available_masks() == ("causal", "document", "sliding_window")
-
-
 @pytest.mark.parametrize("name", available_masks())
 def test_a_name_makes_the_mask_of_its_factory(name):
-    args = {"document": {"document_ids": IDS}, "sliding_window": {"window": 3}}.get(name, {})
+    args = {"document": {"document_ids": IDS}} | {case.name: case.args for case in MASKS.values()}
+    args = args[name]
     mask = make_mask(name, **args)
     assert fingerprint(mask) == fingerprint(getattr(score_mods, name)(**args))
     assert mask_info(mask).name == name
@@ -83,6 +81,19 @@ def test_a_name_makes_the_mask_of_its_factory(name):
 @pytest.mark.parametrize("name", available_masks())
 def test_every_factory_states_its_law(name):
     assert FACTORIES[name].__doc__.startswith("Keep ")
+
+
+@pytest.mark.parametrize("name", available_score_mods())
+def test_every_score_mod_states_its_law(name):
+    assert SCORE_FACTORIES[name].__doc__.startswith("Score ")
+
+
+@pytest.mark.parametrize("folder", ["masks", "mods"])
+def test_one_file_each(folder):
+    """A mask or score mod is defined in the file of its name."""
+    factories = {"masks": FACTORIES, "mods": SCORE_FACTORIES}[folder]
+    for name, factory in factories.items():
+        assert factory.__module__ == f"score_mods.{folder}.{name}"
 
 
 def test_a_users_factory_is_imported(user):
@@ -99,9 +110,9 @@ def test_a_users_factory_is_imported(user):
 UNKNOWN = {
     "typo": (
         "sliding_windw",
-        "unknown mask 'sliding_windw' (did you mean 'sliding_window'?): known are causal, document",
+        "unknown mask 'sliding_windw' (did you mean 'sliding_window'?): known are attention_sink, causal, chunked",
     ),
-    "nothing like it": ("zebra", "unknown mask 'zebra': known are causal, document, sliding_window"),
+    "nothing like it": ("zebra", "unknown mask 'zebra': known are attention_sink, causal, chunked"),
     "no string": (3, "a mask is named by a string, got 3 (int)"),
     "no factory": ("user_masks:", "a mask of your own is named \"package.module:factory\", got 'user_masks:'"),
     "no module": (":every_other", "a mask of your own is named"),

@@ -3,8 +3,9 @@ import sys
 import pytest
 import torch
 
-from score_mods import all_of, causal, dense_mask, document, sliding_window
-from score_mods.show import FULL, PARTIAL, SKIPPED, look_at, main, to_text
+from score_mods import all_of, causal, dense_mask, document, in_documents, make_mask, sliding_window
+from score_mods.show import FULL, PARTIAL, SKIPPED, Heads, look_at, main, read_shares, to_text
+from tests.score_mods.catalogue import MASKS as LIBRARY
 
 
 def packed(*lengths):
@@ -34,7 +35,7 @@ def test_pairs_are_counted_as_in_the_dense_mask(mask, block_size):
 
 
 def test_the_text_shows_blocks_and_numbers():
-    text = to_text(look_at(sliding_window(4), seq_len=12, block_size=3))
+    text = to_text(look_at(sliding_window(4), seq_len=12, block_size=3), heads=Heads(heads=2, kv_heads=1, head_dim=4))
     assert text.splitlines() == [
         "sliding_window_4: 12 queries (down) × 12 keys (across), block = 3",
         "",
@@ -45,6 +46,12 @@ def test_the_text_shows_blocks_and_numbers():
         "",
         "  ██ full 0   ▒▒ partial 9   ·· skipped 7   of 16 blocks: 43.8% skipped",
         "  pairs kept 50: 34.72% of all, 64.10% of the causal ones; 4.2 keys for a query on average",
+        "  a linear branch reads the 28 pairs that are left, 35.90%: j <= t - 5",
+        "  of one layer with 2 heads, 1 KV heads of width 4, bf16:",
+        "    forward FLOPs 1.6 kFLOP, in the computed blocks 2.59 kFLOP; 35.9% saved (blocks: 10.0% saved) beside "
+        "causal attention",
+        "    keys and values read by the blocks 864 bytes, of 192 bytes that there are",
+        "    cache for decoding 80 bytes a sequence: at most 5 keys are still needed",
     ]
 
 
@@ -81,7 +88,69 @@ def test_the_command_draws(tmp_path, capsys, ending):
     assert out.read_bytes().startswith({"png": b"\x89PNG", "svg": b"<?xml"}[ending])
 
 
+def most_keys_needed(kept):
+    """By a loop: over all t, the keys up to t that query t or a later one reads."""
+    length = len(kept)
+    return max(sum(bool(kept[t:, j].any()) for j in range(t + 1)) for t in range(length))
+
+
+@pytest.mark.parametrize("case", LIBRARY.values(), ids=LIBRARY)
+def test_numbers_of_every_mask(case):
+    """Kept pairs, what is left, and the keys that a decoder has to hold, against the dense mask; packed, too."""
+    lengths = (30, 1, 72)
+    ids = packed(*lengths)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    alone = make_mask(case.name, **case.args)
+    for mask in (alone, in_documents(alone, document_ids=ids, positions=positions)):
+        picture = look_at(mask, seq_len=103, block_size=16, told_by=alone)
+        kept = dense_mask(mask, batch=1, q_len=103, kv_len=103, device="cpu")[0, 0]
+        readable = torch.ones(103, 103).tril().bool()
+        if mask is not alone:
+            readable &= ids == ids.T
+        assert picture.kept_pairs == kept.sum()
+        assert picture.readable_pairs == readable.sum()
+        if kept.triu(1).any():
+            assert picture.cached_keys is None
+        else:
+            assert picture.cached_keys == most_keys_needed(kept)
+        assert (picture.residual is None) == (case.residual is None)
+        softmax, linear = read_shares(picture)
+        assert torch.equal(softmax, kept.float())
+        expected = (readable & ~kept).float() if case.residual is not None else torch.zeros(103, 103)
+        assert torch.equal(linear, expected)
+
+
+def test_long_sequences_are_drawn_by_shares():
+    picture = look_at(sliding_window(200), seq_len=1100, block_size=128)
+    softmax, linear = read_shares(picture)
+    assert softmax.shape == (367, 367)
+    # Each cell is 3 x 3 tokens, the last 2 x 2 (1100 = 366 * 3 + 2).
+    size = torch.full((367,), 3.0)
+    size[-1] = 2
+    area = size[:, None] * size
+    assert (softmax * area).sum().round() == picture.kept_pairs
+    assert (linear * area).sum().round() == picture.readable_pairs - picture.kept_pairs
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["attention_sink", "sinks=4", "window=8"], "a linear branch reads the 3,486 pairs that are left"),
+        (["attention_sink", "sinks=4", "window=8"], "4 <= j <= t - 9"),
+        (["chunked", "chunk=8"], "no linear branch beside it: what it leaves out is not all keys before a window"),
+        (["prefix_lm", "prefix=8"], "no cache for decoding: queries read later keys"),
+        (["causal"], "keys and values read by the blocks 1.5 MiB, of 192 KiB that there are"),
+        (["causal", "--heads", "2", "--kv-heads", "1", "--head-dim", "64"], "of one layer with 2 heads, 1 KV heads of"),
+    ],
+)
+def test_the_command_tells_residual_and_cost(args, said, capsys):
+    assert main([*args, "--seq-len", "96", "--block-size", "32"]) == 0
+    assert said in capsys.readouterr().out
+
+
 BAD = {
+    "heads": (["causal", "--heads", "3"], "heads must be a multiple of kv_heads, got 3 and 4"),
+    "width": (["causal", "--head-dim", "0"], "head_dim must be >= 1"),
     "unknown mask": (["slidng_window"], "unknown mask 'slidng_window' (did you mean 'sliding_window'?)"),
     "negative window": (["sliding_window", "window=-1"], "window must be >= 0"),
     "no window": (["sliding_window"], "missing a required argument: 'window'"),
