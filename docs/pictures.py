@@ -11,7 +11,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from score_mods import all_of, causal, dense_mask, document, sliding_window
+from score_mods import (
+    all_of,
+    available_masks,
+    causal,
+    dense_mask,
+    document,
+    make_mask,
+    residual_of,
+    sliding_window,
+)
 
 IMAGES = Path(__file__).resolve().parent / "img"
 
@@ -77,6 +86,93 @@ def draw_branches() -> str:
     lines += _told_row(read, right)
     lines += _legend(read, right + 36)
     return "\n".join([*lines, "</svg>", ""])
+
+
+# The gallery: (name, arguments, what is said below the name), 16 tokens each.
+GALLERY_TOKENS = 16
+GALLERY = (
+    ("causal", {}, "j ≤ t"),
+    ("sliding_window", {"window": 4}, "window 4"),
+    ("attention_sink", {"sinks": 2, "window": 3}, "sinks 2, window 3"),
+    ("stochastic_window", {"window": 6, "low": 1, "high": 6}, "a step that drew 2 of 1 to 6"),
+    ("dilated_window", {"window": 3, "dilation": 3}, "window 3, dilation 3"),
+    ("strided", {"stride": 4}, "stride 4"),
+    ("chunked", {"chunk": 5}, "chunk 5"),
+    ("document", {}, "with causal; documents of 6 and 10"),
+    ("prefix_lm", {"prefix": 5}, "prefix 5"),
+    ("neighborhood_2d", {"height": 4, "width": 4, "radius": 1}, "4 × 4 image, radius 1"),
+    ("windows_2d", {"height": 4, "width": 4, "size": 2}, "4 × 4 image, size 2"),
+)
+DRAWN = 2
+COLUMNS, CELL, PANEL_WIDTH, PANEL_HEIGHT, MARGIN = 4, 11, 220, 250, 24
+
+
+def gallery() -> dict[str, dict[str, Tensor]]:
+    """Of each mask which pairs the softmax branch reads, and the linear branch where it can read the rest."""
+    assert {name for name, _, _ in GALLERY} == set(available_masks())
+    ids = torch.tensor([[0] * 6 + [1] * 10])
+    read = {}
+    for name, args, _ in GALLERY:
+        mask = all_of(causal(), document(ids)) if name == "document" else make_mask(name, **args)
+        if name == "stochastic_window":
+            mask = sliding_window(DRAWN)
+        size = {"batch": 1, "q_len": GALLERY_TOKENS, "kv_len": GALLERY_TOKENS, "device": "cpu"}
+        branches = {"softmax": dense_mask(mask, **size)[0, 0]}
+        try:
+            branches["linear"] = dense_mask(residual_of(mask).mask(), **size)[0, 0]
+        except ValueError:
+            branches["linear"] = torch.zeros_like(branches["softmax"])
+        read[name] = branches
+    return read
+
+
+def draw_gallery() -> str:
+    """A small picture a mask: rows are queries, columns keys."""
+    rows = -(-(len(GALLERY) + 1) // COLUMNS)
+    width, height = COLUMNS * PANEL_WIDTH + 2 * MARGIN, rows * PANEL_HEIGHT + 2 * MARGIN - 10
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'role="img" aria-labelledby="title">',
+        '<title id="title">Which keys each query reads under every mask of the library, and what is left to a linear '
+        "branch</title>",
+        f"<style>{STYLE}</style>",
+        f'<rect class="card" x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="10"/>',
+    ]
+    for number, ((name, _, said), read) in enumerate(zip(GALLERY, gallery().values(), strict=True)):
+        left, top = _panel(number)
+        lines += [
+            f'<text class="head" x="{left}" y="{top - 24}">{name}</text>',
+            f'<text class="quiet small" x="{left}" y="{top - 7}">{said}</text>',
+        ]
+        side = GALLERY_TOKENS * CELL + 1
+        lines.append(f'<path class="neither" style="stroke:none" d="M{left - 1} {top - 1}h{side}v{side}h-{side}z"/>')
+        for branch, pairs in read.items():
+            lines.append(f'<path class="{branch}" style="stroke:none" d="{_squares(pairs, left, top)}"/>')
+    left, top = _panel(len(GALLERY))
+    entries = (
+        ("softmax", "read by the softmax branch"),
+        ("linear", "read by a linear branch"),
+        ("neither", "not read"),
+    )
+    for i, (branch, said) in enumerate(entries):
+        y = top + 26 * i
+        lines.append(f'<path class="{branch}" style="stroke:none" d="M{left} {y}h12v12h-12z"/>')
+        lines.append(f'<text class="small" x="{left + 20}" y="{y + 10}">{said}</text>')
+    told = ("Rows are queries, columns keys.", "Where there is no orange, the mask", "goes without a linear branch.")
+    lines += [
+        f'<text class="quiet small" x="{left}" y="{top + 100 + 18 * i}">{text}</text>' for i, text in enumerate(told)
+    ]
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def _panel(number: int) -> tuple[int, int]:
+    row, column = divmod(number, COLUMNS)
+    return MARGIN + column * PANEL_WIDTH, MARGIN + 40 + row * PANEL_HEIGHT
+
+
+def _squares(pairs: Tensor, left: int, top: int) -> str:
+    """A square of 10 pixels for each pair, in a pitch of 11."""
+    return "".join(f"M{left + j * CELL} {top + t * CELL}h10v10h-10z" for t, j in pairs.nonzero().tolist())
 
 
 def _square(row: float, column: float) -> str:
@@ -177,7 +273,7 @@ def _legend(read: dict[str, Tensor], x: int) -> list[str]:
     return lines
 
 
-PICTURES = {"branches.svg": draw_branches}
+PICTURES = {"branches.svg": draw_branches, "masks.svg": draw_gallery}
 
 
 def main(args: list[str]) -> int:

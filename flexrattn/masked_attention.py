@@ -90,8 +90,8 @@ class MaskedAttention(FlexAttention):
         if config.score_mod is not None:
             with torch.device("cpu"):
                 self.score_mod = config.score_mod.build()
-            if next(tensors_in(self.score_mod), None) is not None and self.kernel_options.get("BACKEND") != "FLASH":
-                self.kernel_options = {**_TABLE_OPTIONS, **self.kernel_options}
+            if next(tensors_in(self.score_mod), None) is not None and config.kernel_options.get("BACKEND") != "FLASH":
+                self.kernel_options = {**_TABLE_OPTIONS, **config.kernel_options}
             info = score_info(self.score_mod)
             if info is not None and info.table_shape is not None:
                 self.score_table = torch.nn.Parameter(torch.empty(info.table_shape))

@@ -26,6 +26,10 @@ def test_a_stale_picture_is_seen(pictures, monkeypatch, capsys):
     monkeypatch.setattr(pictures, "WINDOW", 5)
     assert pictures.main(["--check"]) == 1
     assert "branches.svg" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(pictures, "DRAWN", 3)
+    assert pictures.main(["--check"]) == 1
+    assert "masks.svg" in capsys.readouterr().err
 
 
 def test_the_branches_follow_the_paper(pictures):
@@ -39,8 +43,20 @@ def test_the_branches_follow_the_paper(pictures):
     assert torch.stack(list(read.values())).sum() == length**2
 
 
-def test_the_picture_is_small_and_well_formed(pictures):
-    path = pictures.IMAGES / "branches.svg"
+def test_the_gallery_shares_out_the_causal_pairs(pictures):
+    causal = torch.ones(pictures.GALLERY_TOKENS, pictures.GALLERY_TOKENS).tril().bool()
+    with_linear = set()
+    for name, read in pictures.gallery().items():
+        assert not (read["softmax"] & read["linear"]).any()
+        if read["linear"].any():
+            with_linear.add(name)
+            assert torch.equal(read["softmax"] | read["linear"], causal)
+    assert with_linear == {"sliding_window", "attention_sink", "stochastic_window"}
+
+
+@pytest.mark.parametrize("name", ["branches.svg", "masks.svg"])
+def test_the_picture_is_small_and_well_formed(pictures, name):
+    path = pictures.IMAGES / name
     assert path.stat().st_size < 60_000
     root = ET.fromstring(path.read_text(encoding="utf-8"))
     assert root.tag.endswith("svg")
