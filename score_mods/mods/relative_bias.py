@@ -6,6 +6,9 @@ from torch import Tensor
 from score_mods.arguments import check_whole_number
 from score_mods.score_info import ScoreInfo, ScoreMod, describe_score
 
+# Rows and columns of a block that have a bias of their own to add to; they are summed behind the kernel.
+COPIES = 64
+
 
 def relative_bias(heads: int, buckets: int = 32, max_distance: int = 128, table: Tensor | None = None) -> ScoreMod:
     """Score score + table[h, bucket(t - j)]: a bias for each query head and distance, learned as a table.
@@ -30,12 +33,18 @@ def relative_bias(heads: int, buckets: int = 32, max_distance: int = 128, table:
     if not isinstance(table, Tensor) or table.shape != (heads, buckets) or not table.is_floating_point():
         got = f"{table.dtype} {tuple(table.shape)}" if isinstance(table, Tensor) else type(table).__name__
         raise ValueError(f"table must be a floating-point tensor (heads, buckets) = {(heads, buckets)}, got {got}")
-    # One bias a distance, spread out here, so that the kernel looks up once and no logarithm is rounded in it.
+    # One bias a distance, spread out here, so that the kernel looks up once and no logarithm is rounded in it. Copies of
+    # it for the rows of a block, of the last bucket for its columns as well: a kernel's threads add up the gradient with
+    # atomics, which wait for each other where they meet.
+    last = max_distance
+    widths[-1] += COPIES - 1
     bias_HX = torch.cat([table[:, i, None].expand(-1, width) for i, width in enumerate(widths)], dim=1)
-    last = sum(widths) - 1
+    bias_HRX = bias_HX[:, None].expand(-1, COPIES, -1).contiguous()
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score + bias_HX[h, (q_idx - kv_idx).clamp(0, last)]
+        distance = (q_idx - kv_idx).clamp(0, last)
+        column = torch.where(distance < last, distance, last + kv_idx % COPIES)
+        return score + bias_HRX[h, q_idx % COPIES, column]
 
     def bind(table: Tensor) -> ScoreMod:
         return relative_bias(heads, buckets, max_distance, table)

@@ -45,6 +45,15 @@ MISTAKES = {
         {"recipe_args": {"global_mask": "sliding_window", "global_mask_args": {"windw": 4}}},
         "windw",
     ),
+    "mask-beside-linear-branch": (
+        {"recipe_args": {"local_mask": {"chunked": {"chunk": 4}}}},
+        "mask 'chunked_4' does not go with a linear branch: what it leaves out is not all keys before a window",
+    ),
+    "layer-masks": ({"recipe_args": {"layer_masks": {"9": "causal"}}}, "layer_masks[9] names no layer: the model has"),
+    "score-mod": (
+        {"recipe_args": {"local_score_mod": "my_package.mods:mine"}},
+        "score mod 'my_package.mods:mine': cannot import 'my_package.mods': ModuleNotFoundError",
+    ),
     "missing-data": ({"recipe_args": {"data_path": "/no/such/folder"}}, "/no/such/folder"),
     "no-data-path": ({"recipe_args": {"data_path": None}}, "needs recipe_args.data_path"),
     "vocabulary": ({"recipe_args": {"model": {"vocab_size": 100}}}, "100"),

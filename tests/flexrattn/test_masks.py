@@ -77,8 +77,9 @@ def test_the_branches_read_each_causal_pair_once(case, impl, lengths):
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("sinks", [0, 2])
 @pytest.mark.parametrize("window", [0, 1, 7, 24, T - 1, T, 100])
-def test_a_window_that_is_data_is_the_same_branch(window, lengths):
+def test_a_window_that_is_data_is_the_same_branch(window, sinks, lengths):
     """Outputs and gradients of the branch with its window as a tensor are those with the number, sinks too."""
     generator = torch.Generator().manual_seed(window)
     q, k, v, do = (torch.randn(1, T, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2, 4))
@@ -86,7 +87,7 @@ def test_a_window_that_is_data_is_the_same_branch(window, lengths):
     state = torch.randn(4, 16, 8, generator=generator, dtype=torch.float64)
     results = []
     for draws in (False, True):
-        branch = ResidualLinearBranch.Config(window=window, sinks=2, impl="torch", draws=draws).build()
+        branch = ResidualLinearBranch.Config(window=window, sinks=sinks, impl="torch", draws=draws).build()
         branch.drawn_window = torch.tensor(window)
         given = [x.clone().requires_grad_() for x in (q, k, v)]
         o = branch(*given, positions=positions, initial_state=state)
@@ -339,12 +340,13 @@ def test_what_decoding_refuses(options, said):
         DecodeCache(config_of(**options), rows=1, max_length=8, device="cpu", dtype=torch.float32)
 
 
-def test_many_masks_leave_room_for_compilations(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+def test_many_masks_leave_room_for_compilations():
     size = {**SIZE, "n_layers": 12}
     layers = make_layers(window=4, layer_masks={str(i): {"sliding_window": {"window": i}} for i in range(12)})
-    build_model_config(resolve_flavor("debug", size), layers).build()
-    assert torch._dynamo.config.recompile_limit >= 12 * 4
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        build_model_config(resolve_flavor("debug", size), layers).build()
+        assert torch._dynamo.config.recompile_limit >= 12 * 4
+        assert torch._dynamo.config.accumulated_recompile_limit >= 12 * 12 * 4
 
 
 def test_heads_that_a_score_mod_tells_apart_are_not_split():

@@ -20,7 +20,7 @@ def build(*, dtype: torch.dtype = torch.float64, seed: int = 0, model: dict | No
         for name, parameter in built.named_parameters():
             # Far from the small initialisation, so that every branch, scale and head matters to the logits.
             parameter.normal_(std=0.3) if parameter.ndim > 1 and "norm" not in name else parameter.uniform_(0.5, 1.5)
-    return built.to(dtype).requires_grad_(False)
+    return built.to(dtype).requires_grad_(False).eval()
 
 
 def full_forward(model: RAttentionModel, tokens: Tensor, positions: Tensor | None = None) -> Tensor:

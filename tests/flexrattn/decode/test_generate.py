@@ -156,6 +156,10 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
             "global_mask_args": {"window": 9},
         },
         {"window": 5, "global_mask": "sliding_window", "global_mask_args": {"window": 9}},
+        {"window": 5, "layer_masks": {"0": {"attention_sink": {"sinks": 2}}, "1": {"sliding_window": {"window": 3}}}},
+        {"window": 5, "local_mask": {"stochastic_window": {"values": [2, 9], "until": 30}}, "pattern": ["local"]},
+        {"layer_kind": "swa", "layer_masks": {":2": {"chunked": {"chunk": 4}}, "2:": "causal"}},
+        {"window": 5, "local_score_mod": {"soft_cap": {"cap": 5}}, "layer_score_mods": {"-1": "relative_bias"}},
         {"window": 5, "model": {"activation": "gelu", "tied": False, "qk_norm": False, "n_layers": 5}},
     ],
 )

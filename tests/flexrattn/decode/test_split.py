@@ -23,6 +23,12 @@ KINDS = {
     "no norms": {"branch_norm": False},
     "swa": {"layer_kind": "swa"},
     "full": {"layer_kind": "full", "window": None},
+    "sinks": {"layer_kind": "swa", "local_mask": {"attention_sink": {"sinks": 2}}},
+    "drawn windows": {"local_mask": {"stochastic_window": {"low": 0, "high": 20}}},
+    "by layer": {
+        "layer_kind": "swa",
+        "layer_masks": {"0": {"chunked": {"chunk": 4}}, "1": {"strided": {"stride": 3}}},
+    },
     "own mask": {
         "layer_kind": "swa",
         "window": None,
