@@ -18,7 +18,7 @@ from torch import Tensor
 
 from score_mods.arguments import check_whole_number
 from score_mods.block_masks import build_block_mask
-from score_mods.counting import FULL, PARTIAL, SKIPPED, classify_blocks, in_partial_blocks, reads_ahead
+from score_mods.counting import EVALUATED_PAIRS, FULL, PARTIAL, SKIPPED, classify_blocks, in_partial_blocks, reads_ahead
 from score_mods.dense import dense_mask
 from score_mods.info import MaskMod, mask_info, mask_name
 from score_mods.masks.causal import causal
@@ -254,19 +254,24 @@ def read_shares(picture: Picture) -> tuple[Tensor, Tensor]:
     if picture.residual is not None:
         # What is left, from its definition; documents confine both.
         masks.append(all_of(residual_mask(picture.mask), _readable(picture.mask)))
-    shares = []
-    for mask in masks:
-        rows = []
-        for start in range(0, cells * merged, merged):
-            # One strip of cells at a time, so that a long sequence needs no T x T matrix.
-            length = min(merged, seq_len - start)
-            strip = _strip(mask, start, length, seq_len).float()
-            strip = torch.nn.functional.pad(strip.sum(dim=0), (0, cells * merged - seq_len))
-            width = torch.full((cells,), merged)
-            width[-1] = seq_len - (cells - 1) * merged
-            rows.append(strip.view(cells, merged).sum(dim=1) / (width * length))
-        shares.append(torch.stack(rows))
+    length = torch.full((cells,), merged)
+    length[-1] = seq_len - (cells - 1) * merged
+    shares = [_pairs_in_cells(mask, seq_len, merged) / (length[:, None] * length) for mask in masks]
     return shares[0], shares[1] if len(shares) == 2 else torch.zeros_like(shares[0])
+
+
+def _pairs_in_cells(mask: MaskMod, seq_len: int, merged: int) -> Tensor:
+    """Pairs kept in each cell of merged x merged tokens: (cells, cells)."""
+    cells = -(-seq_len // merged)
+    # Some rows of cells at a time, so that a long sequence needs no T x T matrix.
+    each = max(1, EVALUATED_PAIRS // (seq_len * merged)) * merged
+    strips = []
+    for start in range(0, seq_len, each):
+        kept = _strip(mask, start, min(each, seq_len - start), seq_len).float()
+        rows = -(-len(kept) // merged)
+        kept = torch.nn.functional.pad(kept, (0, cells * merged - seq_len, 0, rows * merged - len(kept)))
+        strips.append(kept.view(rows, merged, cells, merged).sum(dim=(1, 3)))
+    return torch.cat(strips)
 
 
 def _readable(mask: MaskMod) -> MaskMod:

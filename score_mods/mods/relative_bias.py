@@ -33,9 +33,9 @@ def relative_bias(heads: int, buckets: int = 32, max_distance: int = 128, table:
     if not isinstance(table, Tensor) or table.shape != (heads, buckets) or not table.is_floating_point():
         got = f"{table.dtype} {tuple(table.shape)}" if isinstance(table, Tensor) else type(table).__name__
         raise ValueError(f"table must be a floating-point tensor (heads, buckets) = {(heads, buckets)}, got {got}")
-    # One bias a distance, spread out here, so that the kernel looks up once and no logarithm is rounded in it. Copies of
-    # it for the rows of a block, of the last bucket for its columns as well: a kernel's threads add up the gradient with
-    # atomics, which wait for each other where they meet.
+    # One bias a distance, spread out here, so that the kernel looks up once and no logarithm is rounded in it.
+    # Copies of it for the rows of a block, and of the last bucket for its columns as well: a kernel's threads add up
+    # the gradient with atomics, which wait for each other where they meet.
     last = max_distance
     widths[-1] += COPIES - 1
     bias_HX = torch.cat([table[:, i, None].expand(-1, width) for i, width in enumerate(widths)], dim=1)
