@@ -58,7 +58,12 @@ class MaskInfo:
         """Name and arguments in one word: `sliding_window_512`, `all_of(causal, document)`."""
         if self.parts:
             return f"{self.name}({', '.join(mask_name(part) for part in self.parts)})"
-        return "_".join([self.name, *(_word(value) for _, value in self.args if value is not None)])
+        words = (
+            name if value is True else _word(value)
+            for name, value in self.args
+            if value is not None and value is not False
+        )
+        return "_".join([self.name, *words])
 
     @property
     def is_plain_window(self) -> bool:

@@ -291,6 +291,7 @@ def draw(picture: Picture, out: Path) -> None:
     try:
         from matplotlib.colors import ListedColormap, to_rgb
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
         from matplotlib.patches import Patch
     except ImportError as error:
         raise ValueError(f"--out needs matplotlib (pip install matplotlib): {error}") from error
@@ -298,9 +299,13 @@ def draw(picture: Picture, out: Path) -> None:
     seq_len = picture.seq_len
     softmax, linear = read_shares(picture)
     background, blue, orange = (torch.tensor(to_rgb(color)) for color in (_NEITHER, _COLORS[FULL], _LINEAR))
+    # A cell of many tokens with a few that are read would hardly show.
+    softmax, linear = softmax.sqrt(), linear.sqrt()
+    both = (softmax + linear).clamp(min=1)
+    softmax, linear = softmax / both, linear / both
     tokens = background + softmax[..., None] * (blue - background) + linear[..., None] * (orange - background)
 
-    figure = Figure(figsize=(11, 6.3), layout="constrained")
+    figure = Figure(figsize=(11, 6.5), layout=ConstrainedLayoutEngine(h_pad=0.1))
     figure.suptitle(picture.name if len(picture.name) < 90 else f"{picture.name[:87]}...")
     left, right = figure.subplots(1, 2)
     left.set_title("tokens: what each query reads")

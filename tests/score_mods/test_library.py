@@ -271,4 +271,7 @@ def test_bad_arguments_are_refused(name, args, message):
 
 def test_names_tell_masks_apart():
     assert make_mask("attention_sink", sinks=4, window=64).__name__ == "attention_sink_4_64"
+    image = {"height": 4, "width": 6, "radius": 1}
+    assert make_mask("neighborhood_2d", **image).__name__ == "neighborhood_2d_4_6_1"
+    assert make_mask("neighborhood_2d", **image, causal=True).__name__ == "neighborhood_2d_4_6_1_causal"
     assert make_mask("stochastic_window", window=4, values=[2, 8]).__name__ == "stochastic_window_4_2x8_0"
