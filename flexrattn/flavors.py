@@ -7,6 +7,7 @@ the window and the feature map are arguments: two arms of a comparison differ in
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from flexrattn.attention import (
     RAttention,
     ResidualLinearBranch,
 )
-from flexrattn.initializers import Normal
+from flexrattn.initializers import Constant, Normal
 from flexrattn.masked_attention import KERNEL_OPTIONS, MaskedAttention
 from flexrattn.model import Block, GatedFeedForward, MaskSpec, RAttentionModel
 from flexrattn.suggest import choose
@@ -98,7 +99,9 @@ class Layers:
     local_mask / global_mask: a registered mask or "package.module:factory"; None is the kind's own (a sliding window
     of `window`, or causal). A linear branch reads what a plain window leaves out, so it goes with no other mask.
     branch_norm: the per-head norms before the sum; False is the paper's "no group norm" row.
+    rla_norm_init: what the scale of the linear branch's norm begins as; the softmax branch's begins as 1.
     learned_initial_state, learned_qk_scale: the authors' options for the linear branch.
+    Options of the linear branch say nothing about layers without one.
     softmax_backend: which kernels FlexAttention makes of the masks, on a GPU: its own, or FlashAttention-4's.
     """
 
@@ -109,6 +112,7 @@ class Layers:
     local_mask: MaskSpec | None = None
     global_mask: MaskSpec | None = None
     branch_norm: bool = True
+    rla_norm_init: float = 1.0
     learned_initial_state: bool = False
     learned_qk_scale: bool = False
     scan_impl: str = "auto"
@@ -127,6 +131,7 @@ def make_layers(
     global_mask: str | None = None,
     global_mask_args: dict[str, Any] | None = None,
     branch_norm: bool = True,
+    rla_norm_init: float = 1.0,
     learned_initial_state: bool = False,
     learned_qk_scale: bool = False,
     scan_impl: str = "auto",
@@ -147,6 +152,14 @@ def make_layers(
         raise ValueError(f"pattern must be a list of 'local' and 'global', got {pattern!r}")
     for entry in pattern:
         choose(entry, ("local", "global"), what="pattern entry")
+    if (
+        isinstance(rla_norm_init, bool)
+        or not isinstance(rla_norm_init, int | float)
+        or not math.isfinite(rla_norm_init)
+    ):
+        raise ValueError(f"rla_norm_init must be a finite number, got {rla_norm_init!r}")
+    if rla_norm_init != 1.0 and not branch_norm:
+        raise ValueError(f"rla_norm_init {rla_norm_init} is the scale of a norm that branch_norm false leaves out")
     for name, args in (("local_mask", local_mask_args), ("global_mask", global_mask_args)):
         if args and {"local_mask": local_mask, "global_mask": global_mask}[name] is None:
             raise ValueError(f"{name}_args given without {name}: name the mask they belong to")
@@ -163,6 +176,7 @@ def make_layers(
         local_mask=MaskSpec(name=local_mask, args=local_mask_args or {}) if local_mask else None,
         global_mask=MaskSpec(name=global_mask, args=global_mask_args or {}) if global_mask else None,
         branch_norm=branch_norm,
+        rla_norm_init=rla_norm_init,
         learned_initial_state=learned_initial_state,
         learned_qk_scale=learned_qk_scale,
         scan_impl=scan_impl,
@@ -277,7 +291,10 @@ def _attention(size: Flavor, layers: Layers, *, local: bool, mask: str) -> RAtte
 
     has_softmax = layers.window is not None
     ones = {"weight": nn.init.ones_}
-    head_norm = HeadRMSNorm.Config(n_heads=size.n_heads, head_dim=size.head_dim, param_init=ones)
+    rla_scale = {"weight": Constant(float(layers.rla_norm_init))}
+    swa_norm, rla_norm = (
+        HeadRMSNorm.Config(n_heads=size.n_heads, head_dim=size.head_dim, param_init=init) for init in (ones, rla_scale)
+    )
     head_scale = HeadScale.Config(head_dim=size.head_dim, param_init=ones)
     # The authors draw both token tables with variance 1 / D.
     token_init = Normal(size.head_dim**-0.5)
@@ -299,8 +316,8 @@ def _attention(size: Flavor, layers: Layers, *, local: bool, mask: str) -> RAtte
             impl=layers.scan_impl,
             save_every=layers.scan_save_every,
         ),
-        swa_norm=head_norm if has_softmax and layers.branch_norm else None,
-        rla_norm=dataclasses.replace(head_norm) if layers.branch_norm else None,
+        swa_norm=swa_norm if has_softmax and layers.branch_norm else None,
+        rla_norm=rla_norm if layers.branch_norm else None,
         q_scale=head_scale if layers.learned_qk_scale else None,
         k_scale=dataclasses.replace(head_scale) if layers.learned_qk_scale else None,
         initial_state=initial_state if layers.learned_initial_state else None,

@@ -9,6 +9,16 @@ from torch.distributed.tensor import DTensor, Replicate
 
 
 @dataclass(frozen=True)
+class Constant:
+    """Fill a parameter with one value."""
+
+    value: float
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        parameter.fill_(self.value)
+
+
+@dataclass(frozen=True)
 class Normal:
     """Fill a parameter from a normal distribution of mean 0; the same values on any number of ranks.
 
