@@ -24,7 +24,7 @@ from flexrattn import compat, evaluation, platform
 from flexrattn.data.text import TextDataLoader, check_saved_dp_degree
 from flexrattn.data.tokenizer import check_vocabulary
 from flexrattn.masked_attention import check_backend
-from flexrattn.model import RAttentionModel, log_layers, refuse_context_parallel
+from flexrattn.model import RAttentionModel, log_layers, refuse_context_parallel, refuse_uneven_head_split
 
 CONFIG_FILE = "config.json"
 
@@ -234,6 +234,7 @@ def check_before_start(config: RAttentionTrainer.Config) -> None:
     if training.seq_len % chunks:
         raise ValueError(f"training.seq_len {training.seq_len} must be a multiple of loss.num_chunks {chunks}")
     refuse_context_parallel(config.parallelism)
+    refuse_uneven_head_split(model, config.parallelism)
     for layer in model.layers:
         check_backend(layer.attention.inner_attention.kernel_options, torch.device(platform.device_type()))
     check_vocabulary(config.tokenizer.build(tokenizer_path=config.hf_assets_path), model.vocab_size)

@@ -79,7 +79,16 @@ def _step_number(folder: Path) -> int:
 def model_config(saved: dict[str, Any], *, source: str) -> RAttentionModel.Config:
     """The model config that wrote itself down as `saved`. ValueError where this version would build another model."""
     attentions = [layer["attention"] for layer in saved["layers"]]
-    patterns = ["global" if a["kind"] == LayerKind.FULL and not a["use_rope"] else "local" for a in attentions]
+    # Where all layers are full attention, global ones are told by not rotating, or else by a mask of their own.
+    all_full = all(a["kind"] == LayerKind.FULL for a in attentions)
+    all_rotate = all(a["use_rope"] for a in attentions)
+
+    def is_global(a: dict[str, Any]) -> bool:
+        if not all_full:
+            return a["kind"] == LayerKind.FULL
+        return a["mask"] != attentions[0]["mask"] if all_rotate else not a["use_rope"]
+
+    patterns = ["global" if is_global(a) else "local" for a in attentions]
     first, feed_forward = attentions[0], saved["layers"][0]["feed_forward"]
     local = next((a for a, kind in zip(attentions, patterns, strict=True) if kind == "local"), None)
     size = Flavor(
@@ -103,11 +112,13 @@ def model_config(saved: dict[str, Any], *, source: str) -> RAttentionModel.Confi
         "kind": LayerKind(local["kind"]) if local else LayerKind.FULL,
         "window": local["window"] if local else None,
         "pattern": tuple(patterns),
+        "global_rope": any(a["use_rope"] for a, kind in zip(attentions, patterns, strict=True) if kind == "global"),
     }
     if local and residual:
         own |= {
             "feature_map": residual["feature_map"],
             "branch_norm": local["rla_norm"] is not None,
+            "decay_gate": local.get("decay_gate") is not None,
             "learned_initial_state": local["initial_state"] is not None,
             "learned_qk_scale": local["q_scale"] is not None,
             "scan_impl": residual["impl"],
