@@ -18,11 +18,12 @@ from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 from torchtitan.models.common import Linear
 from torchtitan.models.common.attention import GQAttention
 from torchtitan.protocols.module import Module
 
+from flexrattn.branch_shares import add_squares
+from flexrattn.head_split import local, merge_groups, split_groups
 from flexrattn.masked_attention import Mask, MaskedAttention
 from flexrattn.packing import document_ids_from_positions
 from scan_kernels import initial_state_from_pairs, residual_linear_attention
@@ -39,11 +40,6 @@ class LayerKind(StrEnum):
 
 def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _local(x: torch.Tensor) -> torch.Tensor:
-    """What this rank has of x."""
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 class HeadRMSNorm(Module):
@@ -107,7 +103,7 @@ class DecayGate(Module):
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         step_BTG = F.softplus(_at_least_fp32(self.proj(x_BLD)) + _at_least_fp32(self.dt_bias))
-        return _local(-torch.exp(_at_least_fp32(self.A_log)) * step_BTG)
+        return local(-torch.exp(_at_least_fp32(self.A_log)) * step_BTG)
 
 
 class LearnedInitialState(Module):
@@ -132,7 +128,7 @@ class LearnedInitialState(Module):
 
     def forward(self) -> torch.Tensor:
         # Heads are split over tensor-parallel ranks, and a head's state needs that head alone.
-        k_HMD, v_HMD = _local(self.k_tokens), _local(self.v_tokens)
+        k_HMD, v_HMD = local(self.k_tokens), local(self.v_tokens)
         k_BMHD, v_BMHD = k_HMD.transpose(0, 1)[None], v_HMD.transpose(0, 1)[None]
         return initial_state_from_pairs(k_BMHD, v_BMHD, feature_map=self.feature_map)[0]
 
@@ -193,8 +189,8 @@ class RAttention(GQAttention):
     Of kind "hymba" the heads are split between the branches in place of reading twice (after Hymba, arXiv 2411.13676,
     whose other half are state-space heads; the row "Hymba-style head split" of arXiv 2506.15545): the softmax branch
     has the KV groups 0, 2, 4, ... with their query heads, the linear branch the groups 1, 3, 5, ..., each head with its
-    norm, and all heads stand beside one another before W_o. Nothing is left out for the linear heads to read, so they
-    read the whole document up to their own token. Even and odd, so that a tensor-parallel rank has both.
+    norm, and all heads stand beside one another before W_o. The window leaves nothing out for the linear heads to read,
+    so they read the whole document up to their own token.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -222,8 +218,9 @@ class RAttention(GQAttention):
     def __init__(self, config: Config):
         super().__init__(config)
         self.mask = config.mask
-        self.window = config.window
         self.splits_heads = config.splits_heads
+        # The first position at which the linear branch reads something, too.
+        self.both_read_from = 0 if config.splits_heads or config.window is None else config.window + 1
         # GQAttention builds both; a branch that is not there must not leave modules or buffers behind.
         if not config.has_softmax:
             self.inner_attention: MaskedAttention | None = None
@@ -258,8 +255,8 @@ class RAttention(GQAttention):
         if self.residual is not None:
             decay_BTG = None if self.decay_gate is None else self.decay_gate(x_BLD)
             rla_BTHD = self._linear_branch(*for_linear, decay_BTG, positions)
-        if self.branch_squares is not None:
-            self._measure(swa_BTHD, rla_BTHD, positions)
+        if self.branch_squares is not None and swa_BTHD is not None and rla_BTHD is not None:
+            add_squares(self.branch_squares, swa_BTHD, rla_BTHD, positions, self.both_read_from)
         return self.wo(self._join(swa_BTHD, rla_BTHD).flatten(2))
 
     def _softmax_branch(self, q_BTHD, k_BTGD, v_BTGD, mask: Mask, positions) -> torch.Tensor:
@@ -287,53 +284,6 @@ class RAttention(GQAttention):
             only = rla_BTHD if swa_BTHD is None else swa_BTHD
             assert only is not None
             return only
-        return (
-            merge_groups(swa_BTHD, rla_BTHD, self.n_heads // self.n_kv_heads)
-            if self.splits_heads
-            else swa_BTHD + rla_BTHD
-        )
-
-    @torch.no_grad()
-    def _measure(self, swa_BTHD: torch.Tensor | None, rla_BTHD: torch.Tensor | None, positions) -> None:
-        """Add each branch's sum of squares before its norm, and how many numbers that were, to `branch_squares`.
-
-        Over the tokens at which both branches read something: those beyond the window, or all where heads are split.
-        """
-        if swa_BTHD is None or rla_BTHD is None:
-            return
-        swa_BTHD, rla_BTHD = _local(swa_BTHD), _local(rla_BTHD)
-        if positions is None:
-            positions = torch.arange(swa_BTHD.shape[1], device=swa_BTHD.device).expand(swa_BTHD.shape[:2])
-        first = 0 if self.splits_heads or self.window is None else self.window + 1
-        reads_BT = positions >= first
-        squares = [torch.where(reads_BT, x.float().square().sum((2, 3)), 0.0).sum() for x in (swa_BTHD, rla_BTHD)]
-        numbers = reads_BT.sum().float() * (swa_BTHD.shape[2] * swa_BTHD.shape[3])
-        assert self.branch_squares is not None
-        self.branch_squares.add_(torch.stack([*squares, numbers]))
-
-
-def split_groups(
-    q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """(q, k, v) of the KV groups 0, 2, 4, ... and of the groups 1, 3, 5, ...; G must be even."""
-    per_group = q_BTHD.shape[2] // k_BTGD.shape[2]
-    pairs = [_even_and_odd(x, width) for x, width in ((q_BTHD, per_group), (k_BTGD, 1), (v_BTGD, 1))]
-    return tuple(even for even, _ in pairs), tuple(odd for _, odd in pairs)
-
-
-def _even_and_odd(x_BTHD: torch.Tensor, per_group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    even, odd = _local(x_BTHD).unflatten(2, (-1, 2, per_group)).unbind(3)
-    return _as_given(even.flatten(2, 3), x_BTHD), _as_given(odd.flatten(2, 3), x_BTHD)
-
-
-def merge_groups(even_BTHD: torch.Tensor, odd_BTHD: torch.Tensor, per_group: int) -> torch.Tensor:
-    """What `split_groups` took apart, of one tensor: (B, T, 2 H, D)."""
-    groups = [_local(x).unflatten(2, (-1, per_group)) for x in (even_BTHD, odd_BTHD)]
-    return _as_given(torch.stack(groups, 3).flatten(2, 4), even_BTHD)
-
-
-def _as_given(local: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-    """`local` distributed as `given` is: heads are split over ranks in whole pairs of groups, in order."""
-    if not isinstance(given, DTensor):
-        return local
-    return DTensor.from_local(local, given.device_mesh, given.placements, run_check=False)
+        if self.splits_heads:
+            return merge_groups(swa_BTHD, rla_BTHD, self.n_heads // self.n_kv_heads)
+        return swa_BTHD + rla_BTHD

@@ -20,7 +20,7 @@ from torchtitan.components.validate import Validator
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from flexrattn import compat, evaluation, platform
+from flexrattn import branch_shares, compat, evaluation, platform
 from flexrattn.data.text import TextDataLoader, check_saved_dp_degree
 from flexrattn.data.tokenizer import check_vocabulary
 from flexrattn.masked_attention import check_backend
@@ -89,7 +89,8 @@ class BeforeAfterValidator(Validator):
     """torchtitan's validator, run every `freq` steps and after the last one; the trainer runs it before the first.
 
     The same forward passes also give the losses of single tokens: by position, and by where their bigram was last seen
-    (flexrattn.evaluation), in the log, in TensorBoard and in eval.json in the run's dump_folder.
+    (flexrattn.evaluation), in the log, in TensorBoard and in eval.json in the run's dump_folder; and TensorBoard the
+    share of each branch (flexrattn.branch_shares).
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -145,17 +146,18 @@ class BeforeAfterValidator(Validator):
 
         loss_fn: Any = self.loss_fn
         self.loss_fn = evaluation.PerTokenLoss(loss_fn, seen)
+        branch_shares.begin(model_parts)
         try:
             super().validate(model_parts, step)
         finally:
             self.loss_fn, self._batch = loss_fn, None
-        self._report(tally, step)
+        self._report(tally, branch_shares.end(model_parts), step)
 
-    def _report(self, tally: evaluation.LossTally, step: int) -> None:
+    def _report(self, tally: evaluation.LossTally, shares: dict[str, float], step: int) -> None:
         group = self.parallel_dims.get_mesh("batch").get_group() if self.parallel_dims.dp_enabled else None
         result = tally.result(step=step, tokens=step * self.tokens_per_step, group=group)
         logger.info(f"validate step: {step:2}  {evaluation.log_line(result)}")
-        self.metrics_processor.logger.log(evaluation.scalars(result), step)
+        self.metrics_processor.logger.log(evaluation.scalars(result) | shares, step)
         if self.dump_folder is not None and torch.distributed.get_rank() == 0:
             evaluation.write_json(Path(self.dump_folder) / evaluation.EVAL_FILE, result)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from flexrattn import make_layers, resolve_flavor
-from flexrattn.attention import HeadRMSNorm, merge_groups, split_groups
+from flexrattn.attention import HeadRMSNorm
 from flexrattn.flavors import build_model_config
+from flexrattn.head_split import merge_groups, split_groups
 from flexrattn.masked_attention import MaskedAttention
 from score_mods import build_block_mask, sliding_window
 from tests import paper
