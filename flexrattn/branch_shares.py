@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,7 +77,7 @@ def end(model_parts: Iterable[torch.nn.Module]) -> dict[str, float]:
     return found
 
 
-def _layers(model_parts: Iterable[torch.nn.Module]) -> Iterator[tuple[int, torch.nn.Module]]:
+def _layers(model_parts: Iterable[torch.nn.Module]) -> Iterator[tuple[int, Any]]:
     """(index, attention) of the layers with two branches, whatever wraps their blocks."""
     for part in model_parts:
         for name, module in part.named_modules():

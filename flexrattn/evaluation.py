@@ -107,7 +107,7 @@ class LossTally:
         self.sums_K2 += masks_KBT.flatten(1) @ pairs_BT2.flatten(0, 1)
         self.rows.append(pairs_BT2.sum(1))
 
-    def result(self, *, step: int, tokens: int, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+    def result(self, *, step: int | None, tokens: int | None, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
         """What eval.json holds, over the ranks of `group`; the mean of an empty group is None.
 
         Rows are in the order of the stream: step after step, and in a step the b-th rows of all ranks before the next

@@ -235,6 +235,30 @@ def _read_safetensors(path: Path, wanted: dict[str, Tensor]) -> None:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
 
 
+def progress(checkpoint: Checkpoint) -> tuple[int | None, int | None]:
+    """(steps, tokens of all ranks) that the weights were trained for; None where the checkpoint does not say."""
+    if checkpoint.exported:
+        from safetensors import safe_open
+
+        with safe_open(str(checkpoint.weights), framework="pt") as file:
+            written = file.metadata() or {}
+        return tuple(int(written[name]) if name in written else None for name in ("step", "tokens"))  # type: ignore[return-value]
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.FileSystemReader(str(checkpoint.weights))
+    there = reader.read_metadata().state_dict_metadata
+    names = ("train_state.step", "train_state.ntokens_seen", "dataloader.world_size")
+    read: dict[str, Any] = {name: 0 for name in names if name in there}
+    if read:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(read, storage_reader=reader, no_dist=True)
+    step, of_rank, ranks = (read.get(name) for name in names)
+    if step is None and (number := _step_number(checkpoint.weights)) >= 0:
+        step = number
+    return step, None if of_rank is None or ranks is None else of_rank * ranks
+
+
 def load_tokenizer(checkpoint: Checkpoint, given: str | None = None) -> BaseTokenizer:
     """The run's tokenizer, or `given`: "bytes" or a folder with tokenizer.json. ValueError where it is missing."""
     recorded = (checkpoint.config.get("tokenizer") or {}).get("class")
@@ -280,5 +304,7 @@ def export(checkpoint: Checkpoint, folder: str | Path, *, dtype: torch.dtype | N
         if assets.is_dir():
             shutil.copytree(assets, folder / "tokenizer", dirs_exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(checkpoint.config, indent=2))
-    save_file(weights, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    trained = dict(zip(("step", "tokens"), progress(checkpoint), strict=True))
+    known = {name: str(value) for name, value in trained.items() if value is not None}
+    save_file(weights, str(folder / WEIGHTS_FILE), metadata={"format": "pt", **known})
     return folder
