@@ -7,6 +7,7 @@ the window and the feature map are arguments: two arms of a comparison differ in
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.models.common.param_init import skip_param_init
 
 from flexrattn.attention import (
+    DecayGate,
     HeadRMSNorm,
     HeadScale,
     LayerKind,
@@ -25,7 +27,7 @@ from flexrattn.attention import (
     RAttention,
     ResidualLinearBranch,
 )
-from flexrattn.initializers import Normal
+from flexrattn.initializers import Constant, DecayRate, Normal, StepBias
 from flexrattn.masked_attention import KERNEL_OPTIONS, MaskedAttention
 from flexrattn.model import Block, GatedFeedForward, MaskSpec, RAttentionModel
 from flexrattn.suggest import choose
@@ -98,7 +100,11 @@ class Layers:
     local_mask / global_mask: a registered mask or "package.module:factory"; None is the kind's own (a sliding window
     of `window`, or causal). A linear branch reads what a plain window leaves out, so it goes with no other mask.
     branch_norm: the per-head norms before the sum; False is the paper's "no group norm" row.
+    rla_norm_init: what the scale of the linear branch's norm begins as; the softmax branch's begins as 1.
     learned_initial_state, learned_qk_scale: the authors' options for the linear branch.
+    decay_gate: the linear state decays by a learned gate a KV head and token; the paper's "Mamba2" row.
+    global_rope: global layers rotate q and k as local ones do; else they carry no positions.
+    Options of the linear branch say nothing about layers without one.
     softmax_backend: which kernels FlexAttention makes of the masks, on a GPU: its own, or FlashAttention-4's.
     """
 
@@ -109,6 +115,9 @@ class Layers:
     local_mask: MaskSpec | None = None
     global_mask: MaskSpec | None = None
     branch_norm: bool = True
+    rla_norm_init: float = 1.0
+    decay_gate: bool = False
+    global_rope: bool = False
     learned_initial_state: bool = False
     learned_qk_scale: bool = False
     scan_impl: str = "auto"
@@ -127,6 +136,9 @@ def make_layers(
     global_mask: str | None = None,
     global_mask_args: dict[str, Any] | None = None,
     branch_norm: bool = True,
+    rla_norm_init: float = 1.0,
+    decay_gate: bool = False,
+    global_rope: bool = False,
     learned_initial_state: bool = False,
     learned_qk_scale: bool = False,
     scan_impl: str = "auto",
@@ -137,8 +149,10 @@ def make_layers(
     kind = LayerKind(choose(layer_kind, [k.value for k in LayerKind], what="layer_kind"))
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 0):
         raise ValueError(f"window must be an integer >= 0 (previous keys a query sees) or null, got {window!r}")
-    if kind is LayerKind.SWA and window is None and local_mask is None:
-        raise ValueError("layer_kind 'swa' needs a window: the number of previous keys a query sees besides itself")
+    if kind in (LayerKind.SWA, LayerKind.HYMBA) and window is None and local_mask is None:
+        raise ValueError(
+            f"layer_kind {layer_kind!r} needs a window: the number of previous keys a query sees besides itself"
+        )
     if kind is LayerKind.FULL and window is not None:
         raise ValueError(f"layer_kind 'full' has no window, got window {window}: leave it out or use 'swa'")
     choose(feature_map, available_feature_maps(), what="feature_map")
@@ -147,6 +161,14 @@ def make_layers(
         raise ValueError(f"pattern must be a list of 'local' and 'global', got {pattern!r}")
     for entry in pattern:
         choose(entry, ("local", "global"), what="pattern entry")
+    if (
+        isinstance(rla_norm_init, bool)
+        or not isinstance(rla_norm_init, int | float)
+        or not math.isfinite(rla_norm_init)
+    ):
+        raise ValueError(f"rla_norm_init must be a finite number, got {rla_norm_init!r}")
+    if rla_norm_init != 1.0 and not branch_norm:
+        raise ValueError(f"rla_norm_init {rla_norm_init} is the scale of a norm that branch_norm false leaves out")
     for name, args in (("local_mask", local_mask_args), ("global_mask", global_mask_args)):
         if args and {"local_mask": local_mask, "global_mask": global_mask}[name] is None:
             raise ValueError(f"{name}_args given without {name}: name the mask they belong to")
@@ -163,6 +185,9 @@ def make_layers(
         local_mask=MaskSpec(name=local_mask, args=local_mask_args or {}) if local_mask else None,
         global_mask=MaskSpec(name=global_mask, args=global_mask_args or {}) if global_mask else None,
         branch_norm=branch_norm,
+        rla_norm_init=rla_norm_init,
+        decay_gate=decay_gate,
+        global_rope=global_rope,
         learned_initial_state=learned_initial_state,
         learned_qk_scale=learned_qk_scale,
         scan_impl=scan_impl,
@@ -182,6 +207,11 @@ def resolve_flavor(flavor: str, overrides: dict[str, Any] | None = None) -> Flav
 
 def build_model_config(size: Flavor, layers: Layers) -> RAttentionModel.Config:
     """The model config of a size and a choice of layers. Weights: normal, std 0.02, residual outputs scaled down."""
+    if layers.kind is LayerKind.HYMBA and size.n_kv_heads % 2:
+        raise ValueError(
+            "layer_kind 'hymba' gives half of the KV groups to each branch: n_kv_heads must be even, "
+            f"got {size.n_kv_heads}"
+        )
     local_key, local_mask = _mask_of(layers.kind, layers.window, layers.local_mask)
     global_key, global_mask = _mask_of(LayerKind.FULL, None, layers.global_mask)
     if local_key == global_key and local_mask != global_mask:
@@ -256,7 +286,7 @@ def _feed_forward(size: Flavor) -> GatedFeedForward.Config:
 
 
 def _attention(size: Flavor, layers: Layers, *, local: bool, mask: str) -> RAttention.Config:
-    """One layer's attention. Local layers rotate q and k; global ones carry no position (PAPER.md)."""
+    """One layer's attention. Local layers rotate q and k; global ones only where asked to."""
     gqa = make_gqa_config(
         dim=size.dim,
         n_heads=size.n_heads,
@@ -270,19 +300,34 @@ def _attention(size: Flavor, layers: Layers, *, local: bool, mask: str) -> RAtte
     )
     inherited = {f.name: getattr(gqa, f.name) for f in dataclasses.fields(gqa)}
     kind = layers.kind if local else LayerKind.FULL
-    if kind is not LayerKind.RATTENTION:
+    if kind in (LayerKind.SWA, LayerKind.FULL):
         return RAttention.Config(
-            **inherited, kind=kind, window=layers.window if local else None, use_rope=local, mask=mask
+            **inherited,
+            kind=kind,
+            window=layers.window if local else None,
+            use_rope=local or layers.global_rope,
+            mask=mask,
         )
 
-    has_softmax = layers.window is not None
+    splits_heads = kind is LayerKind.HYMBA
+    has_softmax = splits_heads or layers.window is not None
+    # Heads of one branch.
+    n_heads, n_kv_heads = (n // 2 if splits_heads else n for n in (size.n_heads, size.n_kv_heads))
     ones = {"weight": nn.init.ones_}
-    head_norm = HeadRMSNorm.Config(n_heads=size.n_heads, head_dim=size.head_dim, param_init=ones)
+    rla_scale = {"weight": Constant(float(layers.rla_norm_init))}
+    swa_norm, rla_norm = (
+        HeadRMSNorm.Config(n_heads=n_heads, head_dim=size.head_dim, param_init=init) for init in (ones, rla_scale)
+    )
     head_scale = HeadScale.Config(head_dim=size.head_dim, param_init=ones)
+    decay_gate = DecayGate.Config(
+        n_kv_heads=n_kv_heads,
+        proj=_linear(size.dim, n_kv_heads),
+        param_init={"A_log": DecayRate(), "dt_bias": StepBias()},
+    )
     # The authors draw both token tables with variance 1 / D.
     token_init = Normal(size.head_dim**-0.5)
     initial_state = LearnedInitialState.Config(
-        n_heads=size.n_heads,
+        n_heads=n_heads,
         head_dim=size.head_dim,
         feature_map=layers.feature_map,
         param_init={"k_tokens": token_init, "v_tokens": token_init},
@@ -294,14 +339,15 @@ def _attention(size: Flavor, layers: Layers, *, local: bool, mask: str) -> RAtte
         use_rope=has_softmax,
         mask=mask,
         residual=ResidualLinearBranch.Config(
-            window=layers.window,
+            window=None if splits_heads else layers.window,
             feature_map=layers.feature_map,
             impl=layers.scan_impl,
             save_every=layers.scan_save_every,
         ),
-        swa_norm=head_norm if has_softmax and layers.branch_norm else None,
-        rla_norm=dataclasses.replace(head_norm) if layers.branch_norm else None,
+        swa_norm=swa_norm if has_softmax and layers.branch_norm else None,
+        rla_norm=rla_norm if layers.branch_norm else None,
         q_scale=head_scale if layers.learned_qk_scale else None,
         k_scale=dataclasses.replace(head_scale) if layers.learned_qk_scale else None,
+        decay_gate=decay_gate if layers.decay_gate else None,
         initial_state=initial_state if layers.learned_initial_state else None,
     )

@@ -5,6 +5,7 @@ Counted per token, forward plus twice that for the backward, a multiply-add as t
     matmul parameters     2 each, the input embedding not (it is a look-up), a tied output embedding once
     softmax branch        4 D per head for every key a query sees: min(t, w) + 1 of them for query t of a window w
     linear branch         2 F D per KV head to add a token to its state, 2 F D per query head to read it
+    split heads (hymba)   each branch with its half of the heads
 
 The linear branch is charged its recurrence. What a chunked kernel does on top of it (the products inside a chunk), as
 what attention recomputes in its backward, is the implementation's choice and not work the model needs. Document
@@ -38,6 +39,8 @@ def attention_flops_per_token(attention: RAttention.Config, seq_len: int) -> flo
     n_heads, n_kv_heads, head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
     assert n_kv_heads is not None
     assert head_dim is not None
+    if attention.splits_heads:
+        n_heads, n_kv_heads = n_heads // 2, n_kv_heads // 2
     total = 0.0
     if attention.has_softmax:
         window = attention.window if attention.kind != "full" else None
