@@ -26,7 +26,7 @@ from flexrattn.branch_shares import add_squares
 from flexrattn.head_split import local, merge_groups, split_groups
 from flexrattn.masked_attention import Mask, MaskedAttention
 from flexrattn.packing import document_ids_from_positions
-from scan_kernels import initial_state_from_pairs, residual_linear_attention
+from scan_kernels import head_rms_norm, initial_state_from_pairs, residual_linear_attention, sum_of_head_norms
 
 
 class LayerKind(StrEnum):
@@ -62,10 +62,7 @@ class HeadRMSNorm(Module):
         self.weight = torch.nn.Parameter(torch.empty(config.n_heads, config.head_dim))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        x = _at_least_fp32(input)
-        mean_square = x.square().mean(-1, keepdim=True)
-        inverse_rms = torch.where(mean_square > 0, torch.rsqrt(mean_square + self.eps), 0.0)
-        return (x * inverse_rms * _at_least_fp32(self.weight)).to(input.dtype)
+        return head_rms_norm(input, self.weight, eps=self.eps)
 
 
 class HeadScale(Module):
@@ -206,6 +203,9 @@ class RAttention(GQAttention):
         k_scale: HeadScale.Config | None = None
         decay_gate: DecayGate.Config | None = None
         initial_state: LearnedInitialState.Config | None = None
+        sum_impl: str | None = None
+        """How both norms and their sum are computed at once (scan_kernels.sum_of_head_norms); None: norm by norm, as
+        tensor parallelism splits them"""
 
         @property
         def has_softmax(self) -> bool:
@@ -219,6 +219,7 @@ class RAttention(GQAttention):
         super().__init__(config)
         self.mask = config.mask
         self.splits_heads = config.splits_heads
+        self.sum_impl = config.sum_impl
         # The first position at which the linear branch reads something, too.
         self.both_read_from = 0 if config.splits_heads or config.window is None else config.window + 1
         # GQAttention builds both; a branch that is not there must not leave modules or buffers behind.
@@ -276,6 +277,16 @@ class RAttention(GQAttention):
 
     def _join(self, swa_BTHD: torch.Tensor | None, rla_BTHD: torch.Tensor | None) -> torch.Tensor:
         """The branches' outputs as one, each through its norm: their sum, or all heads in the order of q's."""
+        both = swa_BTHD is not None and rla_BTHD is not None
+        if both and self.sum_impl and not self.splits_heads and self.swa_norm is not None and self.rla_norm is not None:
+            return sum_of_head_norms(
+                swa_BTHD,
+                rla_BTHD,
+                self.swa_norm.weight,
+                self.rla_norm.weight,
+                eps=self.swa_norm.eps,
+                impl=self.sum_impl,
+            )
         if swa_BTHD is not None and self.swa_norm is not None:
             swa_BTHD = self.swa_norm(swa_BTHD)
         if rla_BTHD is not None and self.rla_norm is not None:

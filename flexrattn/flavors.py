@@ -350,4 +350,5 @@ def _attention(size: Flavor, layers: Layers, *, local: bool, mask: str) -> RAtte
         k_scale=dataclasses.replace(head_scale) if layers.learned_qk_scale else None,
         decay_gate=decay_gate if layers.decay_gate else None,
         initial_state=initial_state if layers.learned_initial_state else None,
+        sum_impl=layers.scan_impl,
     )

@@ -84,6 +84,9 @@ class RAttentionModel(Decoder):
             Decoder.Config.update_from_config(self, config=config, **kwargs)
             refuse_context_parallel(config.parallelism)
             refuse_uneven_head_split(self, config.parallelism)
+            if config.parallelism.tensor_parallel_degree > 1:
+                for layer in self.layers:
+                    layer.attention.sum_impl = None
             from flexrattn.sharding import set_sharding
 
             set_sharding(self, enable_sp=config.parallelism.enable_sequence_parallel)
