@@ -11,7 +11,6 @@ no label belongs to another document and the pair at the end of a row still has 
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +26,8 @@ from torchtitan.components.tokenizer import BaseTokenizer
 
 from flexrattn.data.corpus import Corpus
 from flexrattn.data.sources import SPLITS, TextSource
-from flexrattn.data.tokenizer import check_vocabulary
+from flexrattn.data.tokenizer import check_vocabulary, tokenizer_fingerprint
+from flexrattn.data.tokens import TokenizedCorpus
 from flexrattn.packing import positions_from_lengths
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class PackedTextDataset(IterableDataset, Stateful):
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | TokenizedCorpus,
         tokenizer: BaseTokenizer,
         *,
         seq_len: int,
@@ -150,6 +150,8 @@ class PackedTextDataset(IterableDataset, Stateful):
             yield []
 
     def _tokens(self, document: int) -> np.ndarray:
+        if isinstance(self.corpus, TokenizedCorpus):
+            return self.corpus.tokens(document)
         return np.asarray(self.tokenizer.encode(self.corpus.read(document), add_bos=True, add_eos=True), np.int64)
 
     def _sample(self, segments: list[np.ndarray]) -> Sample:
@@ -175,10 +177,10 @@ class TextDataLoader(ParallelAwareDataloader):
     @dataclass(kw_only=True, slots=True)
     class Config(ParallelAwareDataloader.Config):
         dataset: str = "python_source"
-        """python_source: the .py files of the Python that runs; local: dataset_path."""
+        """python_source: the .py files of the Python that runs; local: dataset_path; tokens: a prepared folder."""
 
         dataset_path: str | None = None
-        """For local: a .txt or .jsonl file, or a folder, read recursively."""
+        """For local: a .txt or .jsonl file, or a folder, read recursively. For tokens: what data.prepare wrote."""
 
         validation_path: str | None = None
         """For local: validation text of its own (nothing is split off dataset_path). Both splits need both paths."""
@@ -192,8 +194,9 @@ class TextDataLoader(ParallelAwareDataloader):
         validation_fraction: float = 0.05
         """Share of files (lines of a .jsonl, pieces of a lone .txt) that are validation, by a hash of their names."""
 
-        split_by: Literal["file", "top_directory"] = "file"
-        """top_directory keeps a package or folder on one side: for corpora with near-duplicates inside packages."""
+        split_by: Literal["file", "top_directory", "package"] = "file"
+        """top_directory keeps a folder on one side: for corpora with near-duplicates inside packages. package: the same
+        for python_source, with packages that are small beside validation_fraction."""
 
         suffixes: list[str] = field(default_factory=lambda: [".txt", ".jsonl"])
         """For local folders: which files are read. All but .jsonl are read as text."""
@@ -251,8 +254,14 @@ class TextDataLoader(ParallelAwareDataloader):
     ) -> None:
         if config.model_vocab_size is not None:
             check_vocabulary(tokenizer, config.model_vocab_size)
+        corpus = config.source().documents(config.split)
+        if isinstance(corpus, TokenizedCorpus) and corpus.tokenizer != tokenizer_fingerprint(tokenizer):
+            raise ValueError(
+                f"{config.dataset_path} was tokenised with another tokenizer than this run's: set "
+                f"recipe_args.tokenizer 'huggingface' and hf_assets_path {config.dataset_path}, or prepare it again"
+            )
         dataset = PackedTextDataset(
-            config.source().corpus(config.split),
+            corpus,
             tokenizer,
             seq_len=seq_len,
             batch_size=local_batch_size,
@@ -331,17 +340,9 @@ def _stream_identity(dataset: PackedTextDataset, config: TextDataLoader.Config) 
         "infinite": dataset.infinite,
         "shard_by": "rows" if dataset.by_rows else "documents",
         "corpus": dataset.corpus.fingerprint,
-        "tokenizer": _tokenizer_fingerprint(dataset.tokenizer),
+        "tokenizer": tokenizer_fingerprint(dataset.tokenizer),
     }
     if dataset.by_rows:
         # Ranks and workers stand at different rows of one stream: what deals the rows must stay.
         identity |= {"seq_len": dataset.seq_len, "local_batch_size": dataset.batch_size}
     return identity
-
-
-_PROBE = "def f(x, *, y=0.25):\n\treturn {'naïve': x[1:] != y}  # 12345 → 数学\r\n"
-
-
-def _tokenizer_fingerprint(tokenizer: BaseTokenizer) -> str:
-    ids = tokenizer.encode(_PROBE, add_bos=True, add_eos=True)
-    return blake2b(repr((tokenizer.get_vocab_size(), ids)).encode(), digest_size=8).hexdigest()
