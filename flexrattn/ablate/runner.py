@@ -38,6 +38,8 @@ from flexrattn.ablate.study import Facts, Run, Study
 IDENTITY = "identity.json"
 POLL_SECONDS = 0.1
 CURVE_POINTS = 200
+# Imports, compilation and the like, for estimates alone.
+START_SECONDS = 30.0
 
 
 @dataclass
@@ -316,7 +318,7 @@ class Runner:
             done,
         ):
             if relatives:
-                return statistics.fmean(r["seconds"] * tokens / max(1, r["tokens"]) for r in relatives)
+                return statistics.fmean(_scaled(r["seconds"], tokens / max(1, r["tokens"])) for r in relatives)
         return None
 
     def _left(self, running: list[Run]) -> str:
@@ -342,6 +344,12 @@ class Runner:
             return True
         estimate = self.seconds(run.stage, run.arm) or 0.0
         return time.monotonic() - self.began + estimate < self.time_limit
+
+
+def _scaled(seconds: float, ratio: float) -> float:
+    """Of a run with `ratio` times the tokens: getting started takes a part that does not grow."""
+    start = min(START_SECONDS, seconds / 2)
+    return start + (seconds - start) * ratio
 
 
 def _thinned(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:

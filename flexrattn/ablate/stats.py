@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -29,6 +30,7 @@ def t_cdf(t: float, df: float) -> float:
     return tail if t < 0 else 1.0 - tail
 
 
+@cache
 def t_quantile(p: float, df: float) -> float:
     """t with P(T <= t) = p, by bisection of `t_cdf`."""
     if not 0 < p < 1:
