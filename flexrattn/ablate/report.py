@@ -335,7 +335,8 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write_plot(study: Study, records: dict[str, Record], name: str, path: Path) -> None:
     """The metric over the window, and over cache bytes per sequence; every seed a dot, means joined inside a series.
 
-    Arms without a window (full attention, the linear branch alone) are lines across the first panel.
+    Arms without a window (full attention, the linear branch alone) are lines across the first panel. Where evaluations
+    hold losses by position, a third panel has each arm's difference to the control.
     """
     import matplotlib
 
@@ -344,9 +345,14 @@ def write_plot(study: Study, records: dict[str, Record], name: str, path: Path) 
 
     facts = {r["arm"]: r for r in records.values() if r["stage"] == "run"}
     found = {arm.name: values(records, arm.name, name) for arm in study.arms}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    positions = by_position(study, records)
+    panels = 3 if positions else 2
+    figure, axes = plt.subplots(1, panels, figsize=(6 * panels, 5))
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    for i, series in enumerate(dict.fromkeys(arm.series for arm in study.arms)):
+    all_series = list(dict.fromkeys(arm.series for arm in study.arms))
+    left, right = axes[:2]
+    right.sharey(left)
+    for i, series in enumerate(all_series):
         color = colors[i % len(colors)]
         arms = [arm.name for arm in study.arms if arm.series == series and found[arm.name]]
         points = [(facts[a]["window"], statistics.fmean(found[a].values()), a) for a in arms]
@@ -362,13 +368,29 @@ def write_plot(study: Study, records: dict[str, Record], name: str, path: Path) 
         for nbytes, mean, arm in cached:
             right.plot([nbytes] * len(found[arm]), list(found[arm].values()), "o", color=color, markersize=4)
             right.annotate(arm, (nbytes, mean), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
+    seen = sorted({facts[arm]["window"] for arm in facts if found[arm] and facts[arm]["window"] is not None})
     left.set_xscale("symlog", base=2, linthresh=16)
+    left.set_xticks(seen, [str(window) for window in seen])
+    left.minorticks_off()
     left.set_xlabel("window (previous keys that a query of a local layer sees)")
     left.set_ylabel(name)
     left.legend(fontsize="small")
     right.set_xlabel("cache bytes per sequence")
     right.set_xscale("log")
-    for axis in (left, right):
+    if positions:
+        styles = ("-", "--", ":", "-.")
+        for arm in study.arms:
+            if arm.name in positions:
+                own = [a.name for a in study.arms if a.series == arm.series]
+                color = colors[all_series.index(arm.series) % len(colors)]
+                style = styles[own.index(arm.name) % len(styles)]
+                axes[2].plot(*positions[arm.name], style, color=color, label=arm.name)
+        axes[2].axhline(0, color="black", linewidth=0.8)
+        axes[2].set_xscale("log", base=2)
+        axes[2].set_xlabel("position in the document")
+        axes[2].set_ylabel(f"loss minus that of {study.control}")
+        axes[2].legend(fontsize="small")
+    for axis in axes:
         axis.grid(alpha=0.3)
     done = [r for r in records.values() if r["stage"] == "run" and r["status"] == "done"]
     devices = ", ".join(sorted({r["device"] for r in done if r["device"]}))
@@ -376,3 +398,26 @@ def write_plot(study: Study, records: dict[str, Record], name: str, path: Path) 
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def by_position(study: Study, records: dict[str, Record]) -> dict[str, tuple[list[float], list[float]]]:
+    """Arm -> middles of the bins of positions, and loss minus the control's there, means over the shared seeds."""
+    result = {}
+    done = [r for r in records.values() if r["stage"] == "run" and r["status"] == "done"]
+    bins = {(r["arm"], r["seed"]): r["evaluation"].get("by_position") for r in done}
+    for arm in study.arms:
+        pairs = [
+            (own, bins[study.control, seed])
+            for (name, seed), own in bins.items()
+            if name == arm.name != study.control and own and bins.get((study.control, seed))
+        ]
+        if not pairs or len({tuple((b["from"], b["to"]) for b in each) for pair in pairs for each in pair}) != 1:
+            continue
+        x, y = [], []
+        for i, edge in enumerate(pairs[0][0]):
+            differences = [own[i]["loss"] - other[i]["loss"] for own, other in pairs if own[i]["n"] and other[i]["n"]]
+            if differences:
+                x.append((edge["from"] + edge["to"]) / 2 + 1)
+                y.append(statistics.fmean(differences))
+        result[arm.name] = (x, y)
+    return result

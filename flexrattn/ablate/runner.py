@@ -38,8 +38,8 @@ from flexrattn.ablate.study import Facts, Run, Study
 IDENTITY = "identity.json"
 POLL_SECONDS = 0.1
 CURVE_POINTS = 200
-# Imports, compilation and the like, for estimates alone.
-START_SECONDS = 30.0
+# A run that is ended at the time limit has wasted no more than a GPU that waited: estimates are taken this lightly.
+OPTIMISM = 0.85
 
 
 @dataclass
@@ -318,7 +318,7 @@ class Runner:
             done,
         ):
             if relatives:
-                return statistics.fmean(_scaled(r["seconds"], tokens / max(1, r["tokens"])) for r in relatives)
+                return statistics.fmean(_expected(r, tokens, self.ranks) for r in relatives)
         return None
 
     def _left(self, running: list[Run]) -> str:
@@ -343,13 +343,17 @@ class Runner:
         if self.time_limit is None:
             return True
         estimate = self.seconds(run.stage, run.arm) or 0.0
-        return time.monotonic() - self.began + estimate < self.time_limit
+        return time.monotonic() - self.began + OPTIMISM * estimate < self.time_limit
 
 
-def _scaled(seconds: float, ratio: float) -> float:
-    """Of a run with `ratio` times the tokens: getting started takes a part that does not grow."""
-    start = min(START_SECONDS, seconds / 2)
-    return start + (seconds - start) * ratio
+def _expected(record: Record, tokens: int, ranks: int) -> float:
+    """Seconds of a run like `record`'s with so many tokens: what is not training (imports, compilation) stays."""
+    if tokens == record["tokens"] or not record["tokens"]:
+        return record["seconds"]
+    training = record["seconds"] / 2
+    if record.get("tokens_per_s"):
+        training = min(record["seconds"], record["tokens"] / (record["tokens_per_s"] * ranks))
+    return record["seconds"] - training + training * tokens / record["tokens"]
 
 
 def _thinned(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:

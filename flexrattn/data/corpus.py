@@ -83,6 +83,11 @@ def epoch_order(digests: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(_mix64(digests ^ salt), kind="stable")
 
 
+def shuffled(n: int, *, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0..n-1 that is the same everywhere."""
+    return epoch_order(np.arange(1, n + 1, dtype=np.uint64), seed=seed, epoch=epoch)
+
+
 def _mix64(x: np.ndarray) -> np.ndarray:
     """splitmix64 on uint64, modulo 2^64."""
     x = x + np.uint64(0x9E3779B97F4A7C15)

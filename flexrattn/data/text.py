@@ -24,7 +24,7 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from flexrattn.data.corpus import Corpus
+from flexrattn.data.corpus import Corpus, shuffled
 from flexrattn.data.sources import SPLITS, TextSource
 from flexrattn.data.tokenizer import check_vocabulary, tokenizer_fingerprint
 from flexrattn.data.tokens import TokenizedCorpus
@@ -63,6 +63,7 @@ class PackedTextDataset(IterableDataset, Stateful):
         dp_world_size: int,
         infinite: bool,
         shard_by: str,
+        shuffle_rows: bool = False,
     ) -> None:
         self.corpus = corpus
         self.tokenizer = tokenizer
@@ -73,6 +74,7 @@ class PackedTextDataset(IterableDataset, Stateful):
         self.dp_world_size = dp_world_size
         self.infinite = infinite
         self.by_rows = shard_by == "rows" or not infinite
+        self.shuffle_rows = shuffle_rows and infinite
         self._resumed = False
         self._rewind()
 
@@ -118,6 +120,9 @@ class PackedTextDataset(IterableDataset, Stateful):
 
         Shorter than T in total only at the end of a finite stream, where rows without any segment follow.
         """
+        if self.shuffle_rows:
+            yield from self._shuffled_rows(shard, num_shards)
+            return
         segments: list[np.ndarray] = []
         room = self.seq_len
         while self.infinite or self._epoch == 0:
@@ -148,6 +153,39 @@ class PackedTextDataset(IterableDataset, Stateful):
         while self._row % (self.batch_size * self.dp_world_size):
             self._row += 1
             yield []
+
+    def _shuffled_rows(self, shard: int, num_shards: int) -> Iterator[list[np.ndarray]]:
+        """An epoch's rows, cut from its permuted documents as ever, in an order of their own; a last one that would not
+        be full is left out. `document` of the state counts the rows taken of the epoch."""
+        assert isinstance(self.corpus, TokenizedCorpus)
+        while True:
+            order = self.corpus.epoch_order(seed=self.seed, epoch=self._epoch)
+            # Pair p of the epoch is in document order[i] where ends[i] <= p < ends[i + 1].
+            pairs = np.maximum(np.diff(self.corpus.starts)[order] - 1, 0)
+            ends = np.concatenate([[0], np.cumsum(pairs)])
+            rows = shuffled(int(ends[-1]) // self.seq_len, seed=self.seed, epoch=self._epoch)[shard::num_shards]
+            if not len(rows):
+                raise ValueError(
+                    f"{self.corpus.name}: {ends[-1]} pairs of tokens, too few for {num_shards} rows of {self.seq_len}"
+                )
+            while self._document < len(rows):
+                segments, place = [], int(rows[self._document]) * self.seq_len
+                stop = place + self.seq_len
+                i = int(np.searchsorted(ends, place, side="right")) - 1
+                while place < stop:
+                    take = min(stop, int(ends[i + 1])) - place
+                    if take > 0:
+                        first = place - int(ends[i])
+                        segments.append(self._tokens(int(order[i]))[first : first + take + 1])
+                        place += take
+                    i += 1
+                self._document += 1
+                self._row += 1
+                yield segments
+            self._epoch += 1
+            self._document = 0
+            if shard == 0:
+                logger.info("%s: epoch %d begins", self.corpus.name, self._epoch)
 
     def _tokens(self, document: int) -> np.ndarray:
         if isinstance(self.corpus, TokenizedCorpus):
@@ -217,6 +255,10 @@ class TextDataLoader(ParallelAwareDataloader):
         """documents: each tokenised once, by one rank and worker. rows: global batches do not depend on the number of
         ranks and workers, each of which tokenises everything."""
 
+        shuffle_rows: bool = False
+        """For tokens: deal the rows of an epoch in a random order. A batch is then of as many files as it has rows;
+        else of the few that follow each other."""
+
         model_vocab_size: int | None = None
         """If given, a tokenizer that can produce ids from here on is refused."""
 
@@ -225,6 +267,10 @@ class TextDataLoader(ParallelAwareDataloader):
                 raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
             if self.shard_by not in SHARD_BY:
                 raise ValueError(f"shard_by must be one of {', '.join(SHARD_BY)}, got {self.shard_by!r}")
+            if self.shuffle_rows and self.dataset != "tokens":
+                raise ValueError(
+                    f"shuffle_rows needs dataset 'tokens' (python -m flexrattn.data.prepare), got {self.dataset!r}"
+                )
             if self.num_workers < 0:
                 raise ValueError(f"num_workers must be 0 or more, got {self.num_workers}")
 
@@ -270,6 +316,7 @@ class TextDataLoader(ParallelAwareDataloader):
             dp_world_size=dp_world_size,
             infinite=config.infinite,
             shard_by=config.shard_by,
+            shuffle_rows=config.shuffle_rows,
         )
         shards = dp_world_size * max(1, config.num_workers)
         if not dataset.by_rows and len(dataset.corpus) < shards:
@@ -303,9 +350,9 @@ class TextDataLoader(ParallelAwareDataloader):
                 "the checkpoint's data state is not of a TextDataLoader: resume with the dataloader it had"
             )
         differences = [
-            f"{name} was {saved.get(name)}, is {value}"
-            for name, value in self._stream_identity.items()
-            if saved.get(name) != value
+            f"{name} was {saved.get(name)}, is {self._stream_identity.get(name)}"
+            for name in {**self._stream_identity, **saved}
+            if saved.get(name) != self._stream_identity.get(name)
         ]
         if differences:
             raise ValueError(
@@ -342,6 +389,8 @@ def _stream_identity(dataset: PackedTextDataset, config: TextDataLoader.Config) 
         "corpus": dataset.corpus.fingerprint,
         "tokenizer": tokenizer_fingerprint(dataset.tokenizer),
     }
+    if dataset.shuffle_rows:
+        identity |= {"shuffle_rows": True, "seq_len": dataset.seq_len}
     if dataset.by_rows:
         # Ranks and workers stand at different rows of one stream: what deals the rows must stay.
         identity |= {"seq_len": dataset.seq_len, "local_batch_size": dataset.batch_size}

@@ -43,7 +43,9 @@ loss = 3 - 0.01 * window + 0.1 * int(values["seed"]) + (float(values["lr"]) - 0.
 rows = [[10 * loss + 0.1 * i, 10] for i in range(20)]
 groups = {"beyond_window": {"loss": loss + 1, "n": 5}}
 folder.mkdir(parents=True, exist_ok=True)
+bins = [{"from": 0, "to": 15, "loss": loss - 1, "n": 9}, {"from": 16, "to": 63, "loss": 2 * loss, "n": 9}]
 evaluation = {"step": int(values["steps"]), "tokens": 1, "loss": loss, "n_tokens": 200, "groups": groups, "rows": rows}
+evaluation["by_position"] = bins
 (folder / "eval.json").write_text(json.dumps(evaluation))
 """
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from flexrattn.ablate.cli import main
-from flexrattn.ablate.report import compare, present_metrics, write_all
+from flexrattn.ablate.report import by_position, compare, present_metrics, write_all
 from tests.flexrattn.ablate.studies import fake_runner, write_study
 from tests.flexrattn.runs import write_config
 
@@ -81,6 +81,18 @@ def test_absent_metrics_are_said(finished):
         del record["evaluation"]["groups"]
     assert present_metrics(study, records, said.append) == ["loss"]
     assert said == ["not in the runs' evaluation, and left out: groups.beyond_window.loss"]
+
+
+def test_loss_by_position_beside_the_control(finished):
+    _, study, records = finished
+    found = by_position(study, records)
+    assert found.keys() == {"window-4", "window-16"}
+    x, y = found["window-16"]
+    assert x == [8.5, 40.5]
+    assert y == pytest.approx([-0.16, -0.32])
+    # Bins that differ cannot be compared.
+    records["run-full-seed1"]["evaluation"]["by_position"][0]["to"] = 14
+    assert by_position(study, records) == {}
 
 
 def test_report_alone(finished, tmp_path, capsys):

@@ -151,3 +151,52 @@ def test_split_by_package_takes_small_packages(tmp_path):
     assert 0.07 * total < splits.validation.nbytes <= 0.1 * total
     assert len(held_out) > 10
     assert np.array_equal(np.sort(index.digests), np.sort(np.r_[splits.train.digests, splits.validation.digests]))
+
+
+def rows_of(dataset_loader, count):
+    """(input, positions, labels) of single rows."""
+    batches = itertools.islice(dataset_loader, count)
+    return [(tuple(x["input"][i].tolist()), tuple(y[i].tolist())) for x, y in batches for i in range(len(y))]
+
+
+def test_shuffled_rows_are_the_epochs_rows_in_another_order(prepared):
+    tokenizer = HuggingFaceTokenizer.Config().build(tokenizer_path=str(prepared))
+    pairs = open_tokens(prepared, "train").n_tokens - len(open_tokens(prepared, "train"))
+    n = pairs // 48
+    plain = rows_of(loader("tokens", prepared, tokenizer), n // 2)
+    mixed = rows_of(loader("tokens", prepared, tokenizer, shuffle_rows=True), n)
+    first, second = mixed[:n], mixed[n : 2 * n]
+    assert first[: len(plain)] != plain
+    assert set(plain) <= set(first)
+    assert len(set(first)) == n
+    # Another epoch cuts other rows of other neighbours.
+    assert set(first) != set(second)
+    assert rows_of(loader("tokens", prepared, tokenizer, shuffle_rows=True, seed=1), 3) != mixed[:6]
+
+
+def test_shuffled_rows_resume_and_are_dealt_once(prepared):
+    tokenizer = HuggingFaceTokenizer.Config().build(tokenizer_path=str(prepared))
+    whole = rows_of(loader("tokens", prepared, tokenizer, shuffle_rows=True), 60)
+    first = loader("tokens", prepared, tokenizer, shuffle_rows=True)
+    iterator = iter(first)
+    # Into the second epoch.
+    for _ in range(50):
+        next(iterator)
+    second = loader("tokens", prepared, tokenizer, shuffle_rows=True)
+    second.load_state_dict(first.state_dict())
+    assert rows_of(second, 10) == whole[100:120]
+    with pytest.raises(ValueError, match="shuffle_rows was True, is None"):
+        loader("tokens", prepared, tokenizer).load_state_dict(first.state_dict())
+
+    options = {"dataset": "tokens", "dataset_path": str(prepared), "shuffle_rows": True}
+    ranks = [
+        TextDataLoader.Config(**options).build(
+            dp_world_size=2, dp_rank=rank, tokenizer=tokenizer, seq_len=48, local_batch_size=1
+        )
+        for rank in range(2)
+    ]
+    dealt = [rows_of(each, 15) for each in ranks]
+    assert dealt[0] == whole[0:30:2]
+    assert dealt[1] == whole[1:30:2]
+    with pytest.raises(ValueError, match="shuffle_rows needs dataset 'tokens'"):
+        TextDataLoader.Config(shuffle_rows=True)
