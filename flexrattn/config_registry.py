@@ -47,7 +47,7 @@ def rattention(
     scan_impl: str = "auto",
     scan_save_every: int | None = None,
     softmax_backend: str = "triton",
-    data: Literal["python_source", "local", "huggingface"] = "python_source",
+    data: Literal["python_source", "local", "tokens", "huggingface"] = "python_source",
     data_path: str | None = None,
     data_name: str | None = None,
     site_packages: bool = False,
@@ -61,13 +61,18 @@ def rattention(
 
     flavor, model: a size of flexrattn.flavors, and fields of it to replace. layer_kind ... softmax_backend: what the
     layers compute (flexrattn.flavors.Layers). data: `python_source` is the Python installation's own source files
-    (site_packages adds the installed packages'), `local` a .txt, .jsonl or folder at data_path, `huggingface` one of
-    torchtitan's data sets by data_name. tokenizer: `bytes`, or `huggingface` for the tokenizer.json in hf_assets_path.
+    (site_packages adds the installed packages'), `local` a .txt, .jsonl or folder at data_path, `tokens` a folder there
+    that flexrattn.data.prepare wrote, `huggingface` one of torchtitan's data sets by data_name.
+    tokenizer: `bytes`, or `huggingface` for the tokenizer.json in hf_assets_path.
     loss: `chunked` keeps the logits of an eighth of the sequence at a time. reference_window: the window by which
     validation sorts tokens (flexrattn.evaluation): by default the layers' own, or 512 where they have none.
     """
     if data == "local" and not data_path:
         raise ValueError("data 'local' needs recipe_args.data_path: a .txt or .jsonl file or a folder of them")
+    if data == "tokens" and not data_path:
+        raise ValueError(
+            "data 'tokens' needs recipe_args.data_path: a folder written by python -m flexrattn.data.prepare"
+        )
     if loss == "chunked" and compat.torch_version() < (2, 13):
         raise ValueError("loss 'chunked' needs torch 2.13 or newer: use recipe_args.loss 'cross_entropy'")
     spec = model_registry(
