@@ -5,6 +5,7 @@
     out:  y_t = W_o (RMSNorm_swa(o_t^swa) + RMSNorm_rla(o_t^rla))                       (arXiv 2506.15545)
 
 q, k, v are shared by the branches; the linear branch takes q and k after qk-norm, before RoPE and the softmax scale.
+With a decay gate, S_t = exp(decay_t) S_{t-1} + phi(k_t)^T v_t with one decay a KV head and token.
 Shapes: B batch, T tokens, H query heads, G key/value heads, D head width (legend: scan_kernels/README.md).
 torchtitan's letters (L, N, H for T, heads, D) stay in argument names, which its sharding looks up.
 """
@@ -16,13 +17,22 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
-from torch.distributed.tensor import DTensor
+import torch.nn.functional as F
+from torchtitan.models.common import Linear
 from torchtitan.models.common.attention import GQAttention
 from torchtitan.protocols.module import Module
 
+from flexrattn.branch_shares import add_squares
+from flexrattn.head_split import local, merge_groups, split_groups
 from flexrattn.masked_attention import Mask, MaskedAttention
 from flexrattn.packing import document_ids_from_positions
-from scan_kernels import initial_state_from_pairs, residual_linear_attention, residual_shift
+from scan_kernels import (
+    head_rms_norm,
+    initial_state_from_pairs,
+    residual_linear_attention,
+    residual_shift,
+    sum_of_head_norms,
+)
 
 
 class LayerKind(StrEnum):
@@ -31,6 +41,7 @@ class LayerKind(StrEnum):
     RATTENTION = "rattention"  # window and linear branch; window None: the linear branch alone
     SWA = "swa"  # the window alone
     FULL = "full"  # causal softmax attention
+    HYMBA = "hymba"  # half of the heads the window, half of them linear over all that came before
 
 
 def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
@@ -57,10 +68,7 @@ class HeadRMSNorm(Module):
         self.weight = torch.nn.Parameter(torch.empty(config.n_heads, config.head_dim))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        x = _at_least_fp32(input)
-        mean_square = x.square().mean(-1, keepdim=True)
-        inverse_rms = torch.where(mean_square > 0, torch.rsqrt(mean_square + self.eps), 0.0)
-        return (x * inverse_rms * _at_least_fp32(self.weight)).to(input.dtype)
+        return head_rms_norm(input, self.weight, eps=self.eps)
 
 
 class HeadScale(Module):
@@ -76,6 +84,29 @@ class HeadScale(Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return input * self.weight.to(input.dtype)
+
+
+class DecayGate(Module):
+    """decay (B, T, G) <= 0 from the layer's input x (B, T, W): -exp(A_log) * softplus(x W^T + dt_bias), in fp32.
+
+    Mamba2's parametrisation (arXiv 2405.21060), one gate a KV head; the log of what a state keeps when the key of that
+    token enters it.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        n_kv_heads: int
+        proj: Linear.Config
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.proj = config.proj.build()
+        self.dt_bias = torch.nn.Parameter(torch.empty(config.n_kv_heads))
+        self.A_log = torch.nn.Parameter(torch.empty(config.n_kv_heads))
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        step_BTG = F.softplus(_at_least_fp32(self.proj(x_BLD)) + _at_least_fp32(self.dt_bias))
+        return local(-torch.exp(_at_least_fp32(self.A_log)) * step_BTG)
 
 
 class LearnedInitialState(Module):
@@ -100,7 +131,7 @@ class LearnedInitialState(Module):
 
     def forward(self) -> torch.Tensor:
         # Heads are split over tensor-parallel ranks, and a head's state needs that head alone.
-        k_HMD, v_HMD = (x.to_local() if isinstance(x, DTensor) else x for x in (self.k_tokens, self.v_tokens))
+        k_HMD, v_HMD = local(self.k_tokens), local(self.v_tokens)
         k_BMHD, v_BMHD = k_HMD.transpose(0, 1)[None], v_HMD.transpose(0, 1)[None]
         return initial_state_from_pairs(k_BMHD, v_BMHD, feature_map=self.feature_map)[0]
 
@@ -139,6 +170,7 @@ class ResidualLinearBranch(Module):
         v_BLNH: torch.Tensor,
         *,
         positions: torch.Tensor | None,
+        decay: torch.Tensor | None = None,
         initial_state: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if initial_state is not None:
@@ -149,7 +181,7 @@ class ResidualLinearBranch(Module):
             v_BLNH = torch.where(_positions(k_BLNH, positions)[..., None, None] < self.sinks, 0.0, v_BLNH)
         if self.draws and self.training:
             assert self.drawn_window is not None, "set_step comes before a training step"
-            k_BLNH, v_BLNH = shifted_keys(k_BLNH, v_BLNH, positions, self.drawn_window)
+            k_BLNH, v_BLNH, decay = shifted_keys(k_BLNH, v_BLNH, decay, positions, self.drawn_window)
             window = None
         return residual_linear_attention(
             q_BLNH,
@@ -157,6 +189,7 @@ class ResidualLinearBranch(Module):
             v_BLNH,
             window=window,
             feature_map=self.feature_map,
+            decay=decay,
             document_ids=None if positions is None else document_ids_from_positions(positions),
             initial_state=initial_state,
             impl=self.impl,
@@ -169,20 +202,27 @@ def _positions(k_BTGD: torch.Tensor, positions_BT: torch.Tensor | None) -> torch
 
 
 def shifted_keys(
-    k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, positions_BT: torch.Tensor | None, window: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    k_BTGD: torch.Tensor,
+    v_BTGD: torch.Tensor,
+    decay_BTG: torch.Tensor | None,
+    positions_BT: torch.Tensor | None,
+    window: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Row t holds the youngest key that the residual branch of query t reads, or zeros: a window that is data.
 
     The scan's own shift is a number that programs are compiled for. Over these keys it needs none (window=None), so
-    that another window compiles nothing. Rows whose key would be of an earlier document hold k = v = 0.
+    that another window compiles nothing. Rows whose key would be of an earlier document hold k = v = 0. A decay belongs
+    to its key and moves with it.
     """
     lag = residual_shift(window)
     T = k_BTGD.shape[1]
     # A permutation, so that no two rows add to one gradient.
     index_T = (torch.arange(T, device=k_BTGD.device) - lag) % T
-    there = (_positions(k_BTGD, positions_BT) >= lag)[..., None, None]
-    k_BTGD, v_BTGD = (torch.where(there, x.index_select(1, index_T), 0.0) for x in (k_BTGD, v_BTGD))
-    return k_BTGD, v_BTGD
+    there_BT1 = (_positions(k_BTGD, positions_BT) >= lag)[..., None]
+    k_BTGD, v_BTGD = (torch.where(there_BT1[..., None], x.index_select(1, index_T), 0.0) for x in (k_BTGD, v_BTGD))
+    if decay_BTG is not None:
+        decay_BTG = torch.where(there_BT1, decay_BTG.index_select(1, index_T), 0.0)
+    return k_BTGD, v_BTGD, decay_BTG
 
 
 class RAttention(GQAttention):
@@ -190,6 +230,12 @@ class RAttention(GQAttention):
 
     `mask` names the layer's entry in the masks that the model builds for a batch. `use_rope` turns the softmax
     branch's rotation on; torchtitan's decoder reads the `rope` config either way.
+
+    Of kind "hymba" the heads are split between the branches in place of reading twice (after Hymba, arXiv 2411.13676,
+    whose other half are state-space heads; the row "Hymba-style head split" of arXiv 2506.15545): the softmax branch
+    has the KV groups 0, 2, 4, ... with their query heads, the linear branch the groups 1, 3, 5, ..., each head with its
+    norm, and all heads stand beside one another before W_o. The window leaves nothing out for the linear heads to read,
+    so they read the whole document up to their own token.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -203,15 +249,29 @@ class RAttention(GQAttention):
         rla_norm: HeadRMSNorm.Config | None = None
         q_scale: HeadScale.Config | None = None
         k_scale: HeadScale.Config | None = None
+        decay_gate: DecayGate.Config | None = None
         initial_state: LearnedInitialState.Config | None = None
+        sum_impl: str | None = None
+        """How both norms and their sum are computed at once (scan_kernels.sum_of_head_norms); None: norm by norm, as
+        tensor parallelism splits them"""
 
         @property
         def has_softmax(self) -> bool:
             return not (self.kind is LayerKind.RATTENTION and self.window is None)
 
+        @property
+        def splits_heads(self) -> bool:
+            return self.kind is LayerKind.HYMBA
+
     def __init__(self, config: Config):
         super().__init__(config)
         self.mask = config.mask
+        self.splits_heads = config.splits_heads
+        self.sum_impl = config.sum_impl
+        # The first position at which the linear branch reads something, too.
+        self.both_read_from = 0
+        if config.residual is not None and config.residual.window is not None:
+            self.both_read_from = config.residual.window + 1 + config.residual.sinks
         # GQAttention builds both; a branch that is not there must not leave modules or buffers behind.
         if not config.has_softmax:
             self.inner_attention: MaskedAttention | None = None
@@ -222,7 +282,10 @@ class RAttention(GQAttention):
         self.rla_norm = config.rla_norm.build() if config.rla_norm else None
         self.q_scale = config.q_scale.build() if config.q_scale else None
         self.k_scale = config.k_scale.build() if config.k_scale else None
+        self.decay_gate = config.decay_gate.build() if config.decay_gate else None
         self.initial_state = config.initial_state.build() if config.initial_state else None
+        # Set while the branches are measured, and only then (flexrattn.branch_shares).
+        self.branch_squares: torch.Tensor | None = None
 
     def forward(
         self,
@@ -233,28 +296,55 @@ class RAttention(GQAttention):
         q_BTHD, k_BTGD, v_BTGD = self.qkv_linear(x_BLD)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHD, k_BTGD = self.q_norm(q_BTHD), self.k_norm(k_BTGD)
+        for_softmax = for_linear = (q_BTHD, k_BTGD, v_BTGD)
+        if self.splits_heads:
+            for_softmax, for_linear = split_groups(q_BTHD, k_BTGD, v_BTGD)
 
-        branches = []
+        swa_BTHD = rla_BTHD = None
         if self.inner_attention is not None:
-            branches.append(self._softmax_branch(q_BTHD, k_BTGD, v_BTGD, attention_masks[self.mask], positions))
+            swa_BTHD = self._softmax_branch(*for_softmax, attention_masks[self.mask], positions)
         if self.residual is not None:
-            branches.append(self._linear_branch(q_BTHD, k_BTGD, v_BTGD, positions))
-        o_BTHD = branches[0] if len(branches) == 1 else branches[0] + branches[1]
-        return self.wo(o_BTHD.flatten(2))
+            decay_BTG = None if self.decay_gate is None else self.decay_gate(x_BLD)
+            rla_BTHD = self._linear_branch(*for_linear, decay_BTG, positions)
+        if self.branch_squares is not None and swa_BTHD is not None and rla_BTHD is not None:
+            add_squares(self.branch_squares, swa_BTHD, rla_BTHD, positions, self.both_read_from)
+        return self.wo(self._join(swa_BTHD, rla_BTHD).flatten(2))
 
     def _softmax_branch(self, q_BTHD, k_BTGD, v_BTGD, mask: Mask, positions) -> torch.Tensor:
         if self.rope is not None:
             q_BTHD, k_BTGD = self.rope(q_BTHD, k_BTGD, positions)
         assert self.inner_attention is not None
-        o_BTHD = self.inner_attention(
+        return self.inner_attention(
             q_BTHD, k_BTGD, v_BTGD, attention_masks=mask, scale=self.scaling, enable_gqa=self.enable_gqa
         ).contiguous()
-        return o_BTHD if self.swa_norm is None else self.swa_norm(o_BTHD)
 
-    def _linear_branch(self, q_BTHD, k_BTGD, v_BTGD, positions) -> torch.Tensor:
+    def _linear_branch(self, q_BTHD, k_BTGD, v_BTGD, decay_BTG, positions) -> torch.Tensor:
         if self.q_scale is not None and self.k_scale is not None:
             q_BTHD, k_BTGD = self.q_scale(q_BTHD), self.k_scale(k_BTGD)
         initial_state = None if self.initial_state is None else self.initial_state()
         assert self.residual is not None
-        o_BTHD = self.residual(q_BTHD, k_BTGD, v_BTGD, positions=positions, initial_state=initial_state)
-        return o_BTHD if self.rla_norm is None else self.rla_norm(o_BTHD)
+        return self.residual(q_BTHD, k_BTGD, v_BTGD, positions=positions, decay=decay_BTG, initial_state=initial_state)
+
+    def _join(self, swa_BTHD: torch.Tensor | None, rla_BTHD: torch.Tensor | None) -> torch.Tensor:
+        """The branches' outputs as one, each through its norm: their sum, or all heads in the order of q's."""
+        both = swa_BTHD is not None and rla_BTHD is not None
+        if both and self.sum_impl and not self.splits_heads and self.swa_norm is not None and self.rla_norm is not None:
+            return sum_of_head_norms(
+                swa_BTHD,
+                rla_BTHD,
+                self.swa_norm.weight,
+                self.rla_norm.weight,
+                eps=self.swa_norm.eps,
+                impl=self.sum_impl,
+            )
+        if swa_BTHD is not None and self.swa_norm is not None:
+            swa_BTHD = self.swa_norm(swa_BTHD)
+        if rla_BTHD is not None and self.rla_norm is not None:
+            rla_BTHD = self.rla_norm(rla_BTHD)
+        if swa_BTHD is None or rla_BTHD is None:
+            only = rla_BTHD if swa_BTHD is None else swa_BTHD
+            assert only is not None
+            return only
+        if self.splits_heads:
+            return merge_groups(swa_BTHD, rla_BTHD, self.n_heads // self.n_kv_heads)
+        return swa_BTHD + rla_BTHD

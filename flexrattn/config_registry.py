@@ -20,6 +20,7 @@ from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLo
 from flexrattn import compat
 from flexrattn.data.text import TextDataLoader
 from flexrattn.data.tokenizer import ByteTokenizer
+from flexrattn.evaluation import default_reference_window
 from flexrattn.flavors import DEFAULT_PATTERN
 from flexrattn.registry import model_registry
 from flexrattn.trainer import CONFIG_FILE, BeforeAfterValidator, ProgressMetrics, RAttentionTrainer
@@ -44,12 +45,15 @@ def rattention(
     global_score_mod_args: dict[str, Any] | None = None,
     layer_score_mods: dict[Any, Any] | None = None,
     branch_norm: bool = True,
+    rla_norm_init: float = 1.0,
+    decay_gate: bool = False,
+    global_rope: bool = False,
     learned_initial_state: bool = False,
     learned_qk_scale: bool = False,
     scan_impl: str = "auto",
     scan_save_every: int | None = None,
     softmax_backend: str = "triton",
-    data: Literal["python_source", "local", "huggingface"] = "python_source",
+    data: Literal["python_source", "local", "tokens", "huggingface"] = "python_source",
     data_path: str | None = None,
     data_name: str | None = None,
     site_packages: bool = False,
@@ -57,17 +61,24 @@ def rattention(
     lr: float = 3e-4,
     weight_decay: float = 0.1,
     loss: Literal["cross_entropy", "chunked"] = "cross_entropy",
+    reference_window: int | None = None,
 ) -> RAttentionTrainer.Config:
     """A local-global language model and its training run.
 
     flavor, model: a size of flexrattn.flavors, and fields of it to replace. layer_kind ... softmax_backend: what the
     layers compute (flexrattn.flavors.Layers). data: `python_source` is the Python installation's own source files
-    (site_packages adds the installed packages'), `local` a .txt, .jsonl or folder at data_path, `huggingface` one of
-    torchtitan's data sets by data_name. tokenizer: `bytes`, or `huggingface` for the tokenizer.json in hf_assets_path.
-    loss: `chunked` keeps the logits of an eighth of the sequence at a time.
+    (site_packages adds the installed packages'), `local` a .txt, .jsonl or folder at data_path, `tokens` a folder there
+    that flexrattn.data.prepare wrote, `huggingface` one of torchtitan's data sets by data_name.
+    tokenizer: `bytes`, or `huggingface` for the tokenizer.json in hf_assets_path.
+    loss: `chunked` keeps the logits of an eighth of the sequence at a time. reference_window: the window by which
+    validation sorts tokens (flexrattn.evaluation): by default the layers' own, or 512 where they have none.
     """
     if data == "local" and not data_path:
         raise ValueError("data 'local' needs recipe_args.data_path: a .txt or .jsonl file or a folder of them")
+    if data == "tokens" and not data_path:
+        raise ValueError(
+            "data 'tokens' needs recipe_args.data_path: a folder written by python -m flexrattn.data.prepare"
+        )
     if loss == "chunked" and compat.torch_version() < (2, 13):
         raise ValueError("loss 'chunked' needs torch 2.13 or newer: use recipe_args.loss 'cross_entropy'")
     spec = model_registry(
@@ -88,6 +99,9 @@ def rattention(
         global_score_mod_args=global_score_mod_args,
         layer_score_mods=layer_score_mods,
         branch_norm=branch_norm,
+        rla_norm_init=rla_norm_init,
+        decay_gate=decay_gate,
+        global_rope=global_rope,
         learned_initial_state=learned_initial_state,
         learned_qk_scale=learned_qk_scale,
         scan_impl=scan_impl,
@@ -127,7 +141,13 @@ def rattention(
         ),
         parallelism=ParallelismConfig(spmd_backend=compat.default_spmd_backend()),
         metrics=ProgressMetrics.Config(enable_tensorboard=True),
-        validator=BeforeAfterValidator.Config(enable=True, freq=500, steps=20, dataloader=loader("validation")),
+        validator=BeforeAfterValidator.Config(
+            enable=True,
+            freq=500,
+            steps=20,
+            dataloader=loader("validation"),
+            reference_window=default_reference_window(window) if reference_window is None else reference_window,
+        ),
         # A model-only last checkpoint could not be continued by raising training.steps.
         checkpoint=CheckpointManager.Config(enable=True, last_save_model_only=False, keep_latest_k=3),
         activation_checkpoint=None,

@@ -7,6 +7,7 @@ the window and the feature map are arguments: two arms of a comparison differ in
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -18,6 +19,7 @@ from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.models.common.param_init import skip_param_init
 
 from flexrattn.attention import (
+    DecayGate,
     HeadRMSNorm,
     HeadScale,
     LayerKind,
@@ -25,7 +27,7 @@ from flexrattn.attention import (
     RAttention,
     ResidualLinearBranch,
 )
-from flexrattn.initializers import Normal
+from flexrattn.initializers import Constant, DecayRate, Normal, StepBias
 from flexrattn.layer_choice import check_selectors, resolve_layers
 from flexrattn.masked_attention import KERNEL_OPTIONS, MaskedAttention, ScoreModSpec
 from flexrattn.model import Block, GatedFeedForward, MaskSpec, RAttentionModel
@@ -107,7 +109,11 @@ class Layers:
     entries come before earlier ones, all of them before local_... and global_...
     A required argument `window` (`heads`) that a mask (score mod) is not given is the layers' own.
     branch_norm: the per-head norms before the sum; False is the paper's "no group norm" row.
+    rla_norm_init: what the scale of the linear branch's norm begins as; the softmax branch's begins as 1.
     learned_initial_state, learned_qk_scale: the authors' options for the linear branch.
+    decay_gate: the linear state decays by a learned gate a KV head and token; the paper's "Mamba2" row.
+    global_rope: global layers rotate q and k as local ones do; else they carry no positions.
+    Options of the linear branch say nothing about layers without one.
     softmax_backend: which kernels FlexAttention makes of the masks, on a GPU: its own, or FlashAttention-4's.
     """
 
@@ -122,6 +128,9 @@ class Layers:
     global_score_mod: ScoreModSpec | None = None
     layer_score_mods: tuple[tuple[str, ScoreModSpec | None], ...] = ()
     branch_norm: bool = True
+    rla_norm_init: float = 1.0
+    decay_gate: bool = False
+    global_rope: bool = False
     learned_initial_state: bool = False
     learned_qk_scale: bool = False
     scan_impl: str = "auto"
@@ -146,6 +155,9 @@ def make_layers(
     global_score_mod_args: dict[str, Any] | None = None,
     layer_score_mods: Mapping[Any, Any] | None = None,
     branch_norm: bool = True,
+    rla_norm_init: float = 1.0,
+    decay_gate: bool = False,
+    global_rope: bool = False,
     learned_initial_state: bool = False,
     learned_qk_scale: bool = False,
     scan_impl: str = "auto",
@@ -159,8 +171,11 @@ def make_layers(
     kind = LayerKind(choose(layer_kind, [k.value for k in LayerKind], what="layer_kind"))
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 0):
         raise ValueError(f"window must be an integer >= 0 (previous keys a query sees) or null, got {window!r}")
-    if kind is LayerKind.SWA and window is None and local_mask is None and not layer_masks:
-        raise ValueError("layer_kind 'swa' needs a window: the number of previous keys a query sees besides itself")
+    needs_window = kind in (LayerKind.SWA, LayerKind.HYMBA)
+    if needs_window and window is None and local_mask is None and not layer_masks:
+        raise ValueError(
+            f"layer_kind {layer_kind!r} needs a window: the number of previous keys a query sees besides itself"
+        )
     if kind is LayerKind.FULL and window is not None:
         raise ValueError(f"layer_kind 'full' has no window, got window {window}: leave it out or use 'swa'")
     choose(feature_map, available_feature_maps(), what="feature_map")
@@ -169,6 +184,14 @@ def make_layers(
         raise ValueError(f"pattern must be a list of 'local' and 'global', got {pattern!r}")
     for entry in pattern:
         choose(entry, ("local", "global"), what="pattern entry")
+    if (
+        isinstance(rla_norm_init, bool)
+        or not isinstance(rla_norm_init, int | float)
+        or not math.isfinite(rla_norm_init)
+    ):
+        raise ValueError(f"rla_norm_init must be a finite number, got {rla_norm_init!r}")
+    if rla_norm_init != 1.0 and not branch_norm:
+        raise ValueError(f"rla_norm_init {rla_norm_init} is the scale of a norm that branch_norm false leaves out")
     return Layers(
         kind=kind,
         window=window,
@@ -181,6 +204,9 @@ def make_layers(
         global_score_mod=_named(ScoreModSpec, "global_score_mod", global_score_mod, global_score_mod_args),
         layer_score_mods=_by_layer(ScoreModSpec, "layer_score_mods", layer_score_mods),
         branch_norm=branch_norm,
+        rla_norm_init=rla_norm_init,
+        decay_gate=decay_gate,
+        global_rope=global_rope,
         learned_initial_state=learned_initial_state,
         learned_qk_scale=learned_qk_scale,
         scan_impl=scan_impl,
@@ -231,6 +257,11 @@ def resolve_flavor(flavor: str, overrides: dict[str, Any] | None = None) -> Flav
 
 def build_model_config(size: Flavor, layers: Layers) -> RAttentionModel.Config:
     """The model config of a size and a choice of layers. Weights: normal, std 0.02, residual outputs scaled down."""
+    if layers.kind is LayerKind.HYMBA and size.n_kv_heads % 2:
+        raise ValueError(
+            "layer_kind 'hymba' gives half of the KV groups to each branch: n_kv_heads must be even, "
+            f"got {size.n_kv_heads}"
+        )
     own_masks = resolve_layers("layer_masks", layers.layer_masks, size.n_layers)
     own_score_mods = resolve_layers("layer_score_mods", layers.layer_score_mods, size.n_layers)
     # Every mask and score mod is built here: a broken one is refused before anything is allocated.
@@ -249,7 +280,9 @@ def build_model_config(size: Flavor, layers: Layers) -> RAttentionModel.Config:
                 masks[key], built[key] = spec, spec.build()
             mask = built[key]
         if score_mod is not None:
-            score_mod = _check_score_mod(_filled(score_mod, "score mod", {"heads": size.n_heads}), size, i, mask)
+            # Of the softmax branch.
+            n_heads = size.n_heads // 2 if local and layers.kind is LayerKind.HYMBA else size.n_heads
+            score_mod = _check_score_mod(_filled(score_mod, "score mod", {"heads": n_heads}), n_heads, i, mask)
         attention = _attention(size, layers, local=local, key=key, mask=mask, score_mod=score_mod)
         blocks.append(
             Block.Config(
@@ -298,12 +331,12 @@ def _key(spec: MaskSpec, masks: dict[str, MaskSpec]) -> str:
     return key
 
 
-def _check_score_mod(spec: ScoreModSpec, size: Flavor, layer: int, mask: MaskMod | None) -> ScoreModSpec:
+def _check_score_mod(spec: ScoreModSpec, n_heads: int, layer: int, mask: MaskMod | None) -> ScoreModSpec:
     if mask is None:
         raise ValueError(f"score mod {spec.name!r} of layer {layer} changes nothing: the layer has no softmax branch")
     info = score_info(spec.build())
-    if info is not None and info.heads is not None and info.heads != size.n_heads:
-        raise ValueError(f"score mod {spec.name!r} is for {info.heads} heads, layer {layer} has {size.n_heads}")
+    if info is not None and info.heads is not None and info.heads != n_heads:
+        raise ValueError(f"score mod {spec.name!r} is for {info.heads} heads, layer {layer} has {n_heads}")
     return spec
 
 
@@ -336,7 +369,7 @@ def _feed_forward(size: Flavor) -> GatedFeedForward.Config:
 def _attention(
     size: Flavor, layers: Layers, *, local: bool, key: str, mask: MaskMod | None, score_mod: ScoreModSpec | None
 ) -> RAttention.Config:
-    """One layer's attention. Local layers rotate q and k; global ones carry no position (PAPER.md).
+    """One layer's attention. Local layers rotate q and k; global ones only where asked to.
 
     mask: of its softmax branch, held under `key`; None: it has no such branch.
     """
@@ -358,20 +391,38 @@ def _attention(
     inherited = {f.name: getattr(gqa, f.name) for f in dataclasses.fields(gqa)}
     kind = layers.kind if local else LayerKind.FULL
     info = None if mask is None else mask_info(mask)
-    if kind is not LayerKind.RATTENTION:
-        window = info.window if info is not None and info.is_plain_window and kind is LayerKind.SWA else None
-        return RAttention.Config(**inherited, kind=kind, window=window, use_rope=local, mask=key)
+    own_window = info.window if info is not None and info.is_plain_window else None
+    if kind in (LayerKind.SWA, LayerKind.FULL):
+        return RAttention.Config(
+            **inherited,
+            kind=kind,
+            window=own_window if kind is LayerKind.SWA else None,
+            use_rope=local or layers.global_rope,
+            mask=key,
+        )
 
+    splits_heads = kind is LayerKind.HYMBA
     has_softmax = mask is not None
-    residual = None if mask is None else residual_of(mask)
-    window = None if residual is None else residual.window
+    # The linear heads of a split layer read every key: nothing is left out for them.
+    residual = None if mask is None or splits_heads else residual_of(mask)
+    residual_window = None if residual is None else residual.window
+    # Heads of one branch.
+    n_heads, n_kv_heads = (n // 2 if splits_heads else n for n in (size.n_heads, size.n_kv_heads))
     ones = {"weight": nn.init.ones_}
-    head_norm = HeadRMSNorm.Config(n_heads=size.n_heads, head_dim=size.head_dim, param_init=ones)
+    rla_scale = {"weight": Constant(float(layers.rla_norm_init))}
+    swa_norm, rla_norm = (
+        HeadRMSNorm.Config(n_heads=n_heads, head_dim=size.head_dim, param_init=init) for init in (ones, rla_scale)
+    )
     head_scale = HeadScale.Config(head_dim=size.head_dim, param_init=ones)
+    decay_gate = DecayGate.Config(
+        n_kv_heads=n_kv_heads,
+        proj=_linear(size.dim, n_kv_heads),
+        param_init={"A_log": DecayRate(), "dt_bias": StepBias()},
+    )
     # The authors draw both token tables with variance 1 / D.
     token_init = Normal(size.head_dim**-0.5)
     initial_state = LearnedInitialState.Config(
-        n_heads=size.n_heads,
+        n_heads=n_heads,
         head_dim=size.head_dim,
         feature_map=layers.feature_map,
         param_init={"k_tokens": token_init, "v_tokens": token_init},
@@ -379,20 +430,22 @@ def _attention(
     return RAttention.Config(
         **inherited,
         kind=kind,
-        window=window,
+        window=own_window if splits_heads else residual_window,
         use_rope=has_softmax,
         mask=key,
         residual=ResidualLinearBranch.Config(
-            window=window,
+            window=residual_window,
             feature_map=layers.feature_map,
             impl=layers.scan_impl,
             save_every=layers.scan_save_every,
             sinks=0 if residual is None else residual.sinks,
-            draws=info is not None and info.schedule is not None,
+            draws=residual is not None and info is not None and info.schedule is not None,
         ),
-        swa_norm=head_norm if has_softmax and layers.branch_norm else None,
-        rla_norm=dataclasses.replace(head_norm) if layers.branch_norm else None,
+        swa_norm=swa_norm if has_softmax and layers.branch_norm else None,
+        rla_norm=rla_norm if layers.branch_norm else None,
         q_scale=head_scale if layers.learned_qk_scale else None,
         k_scale=dataclasses.replace(head_scale) if layers.learned_qk_scale else None,
+        decay_gate=decay_gate if layers.decay_gate else None,
         initial_state=initial_state if layers.learned_initial_state else None,
+        sum_impl=layers.scan_impl,
     )

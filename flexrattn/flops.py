@@ -6,6 +6,7 @@ Counted per token, forward plus twice that for the backward, a multiply-add as t
     softmax branch        4 D per head for every key a query sees: min(t, w) + 1 of them for query t of a window w, for
                           any other mask the pairs it keeps, counted; of a stochastic window the mean of its draws
     linear branch         2 F D per KV head to add a token to its state, 2 F D per query head to read it
+    split heads (hymba)   each branch with its half of the heads
 
 The linear branch is charged its recurrence. What a chunked kernel does on top of it (the products inside a chunk), as
 what attention recomputes in its backward, is the implementation's choice and not work the model needs. Document
@@ -56,6 +57,8 @@ def attention_flops_per_token(
     n_heads, n_kv_heads, head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
     assert n_kv_heads is not None
     assert head_dim is not None
+    if attention.splits_heads:
+        n_heads, n_kv_heads = n_heads // 2, n_kv_heads // 2
     total = 0.0
     if attention.has_softmax:
         if masks is None:

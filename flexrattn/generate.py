@@ -29,6 +29,7 @@ import torch
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from flexrattn import platform
+from flexrattn.decode.cache import check_decodable
 from flexrattn.decode.checkpoint import export, find_checkpoint, load_model, load_tokenizer
 from flexrattn.decode.engine import EagerStepper, Engine
 from flexrattn.decode.sampling import Sampling
@@ -54,6 +55,7 @@ class Generator:
     """A model with its tokenizer. `max_length` bounds prompt and new tokens together (default: the model's limit)."""
 
     def __init__(self, model: RAttentionModel, tokenizer: BaseTokenizer, *, impl: str = "auto"):
+        check_decodable(model.config)
         self.model, self.tokenizer = model, tokenizer
         self.stepper = choose_stepper(model, impl)
 

@@ -83,9 +83,19 @@ def _last_line(trainer: Any, args: list[str]) -> str:
         said.append(f"Curves: tensorboard --logdir {folder / config.metrics.save_tb_folder}.")
     further = [*_without_flag(args, "--training.steps"), "--training.steps", str(2 * config.training.steps)]
     said.append(f"Train further: python train.py {shlex.join(further)}")
-    if config.checkpoint.enable:
+    if config.checkpoint.enable and _decodable(config.model_spec.model):
         said.append(f"Generate: python -m flexrattn.generate --checkpoint {folder} --prompt ...")
     return " ".join(said)
+
+
+def _decodable(model: Any) -> bool:
+    from flexrattn.decode.cache import check_decodable
+
+    try:
+        check_decodable(model)
+    except ValueError:
+        return False
+    return True
 
 
 def _without_flag(args: list[str], flag: str) -> list[str]:

@@ -94,6 +94,10 @@ class RAttentionModel(Decoder):
             Decoder.Config.update_from_config(self, config=config, **kwargs)
             refuse_context_parallel(config.parallelism)
             refuse_split_heads(self, config.parallelism)
+            refuse_uneven_head_split(self, config.parallelism)
+            if config.parallelism.tensor_parallel_degree > 1:
+                for layer in self.layers:
+                    layer.attention.sum_impl = None
             from flexrattn.sharding import set_sharding
 
             set_sharding(self, enable_sp=config.parallelism.enable_sequence_parallel)
@@ -184,6 +188,18 @@ def refuse_context_parallel(parallelism: Any) -> None:
         )
 
 
+def refuse_uneven_head_split(config: RAttentionModel.Config, parallelism: Any) -> None:
+    """ValueError where a tensor-parallel rank would not have whole pairs of KV groups of a layer that splits them."""
+    degree = parallelism.tensor_parallel_degree
+    for layer in config.layers:
+        groups = layer.attention.n_kv_heads
+        if layer.attention.splits_heads and groups % (2 * degree):
+            raise ValueError(
+                f"parallelism.tensor_parallel_degree = {degree} does not go with layer_kind 'hymba' and {groups} KV "
+                f"heads: a rank needs whole pairs of them; use a degree that divides {groups // 2}"
+            )
+
+
 def log_layers(config: RAttentionModel.Config, seq_len: int) -> None:
     """Say once what the layers are, and where a window makes one of them pointless."""
     described = [describe_layer(layer.attention) for layer in config.layers]
@@ -194,7 +210,7 @@ def log_layers(config: RAttentionModel.Config, seq_len: int) -> None:
             logger.warning(f"mask {key} lets queries read later tokens, so that their losses see the answers")
     for layer in config.layers:
         attention = layer.attention
-        if attention.residual is not None and attention.window is not None and attention.window >= seq_len:
+        if attention.residual is not None and (attention.residual.window or 0) >= seq_len:
             logger.warning(
                 f"window {attention.window} reaches past training.seq_len {seq_len}: the linear branch reads nothing"
             )
@@ -208,6 +224,8 @@ def describe_layer(attention: RAttention.Config) -> str:
         details.append("no window" if attention.window is None else f"window {attention.window}")
     if attention.residual is not None:
         details.append(attention.residual.feature_map)
+    if attention.decay_gate is not None:
+        details.append("decay gate")
     if attention.has_softmax:
         details.append("rope" if attention.use_rope else "no positions")
         details.append(f"mask {attention.mask}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import spmd_types as spmd
 from torchtitan.models.common.decoder_sharding import (
+    colwise_config,
     dense_activation_placement,
     dense_param_placement,
     dense_sequence_parallel_placement,
@@ -54,6 +55,12 @@ def _set_attention_sharding(attention: RAttention.Config, *, enable_sp: bool) ->
     for per_head in (attention.swa_norm, attention.rla_norm):
         if per_head is not None:
             per_head.sharding_config = _on_local_heads(weight=spmd.S(0))
+    if attention.decay_gate is not None:
+        per_group = dense_param_placement(tp=spmd.S(0))
+        attention.decay_gate.proj.sharding_config = colwise_config()
+        attention.decay_gate.sharding_config = ShardingConfig(
+            state_shardings={"dt_bias": per_group, "A_log": per_group}
+        )
     if attention.initial_state is not None:
         placement = dense_param_placement(tp=spmd.S(0))
         attention.initial_state.sharding_config = ShardingConfig(

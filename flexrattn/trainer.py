@@ -20,11 +20,11 @@ from torchtitan.components.validate import Validator
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from flexrattn import compat, platform
+from flexrattn import branch_shares, compat, evaluation, platform
 from flexrattn.data.text import TextDataLoader, check_saved_dp_degree
 from flexrattn.data.tokenizer import check_vocabulary
 from flexrattn.masked_attention import check_backend
-from flexrattn.model import RAttentionModel, log_layers, refuse_context_parallel
+from flexrattn.model import RAttentionModel, log_layers, refuse_context_parallel, refuse_uneven_head_split
 
 CONFIG_FILE = "config.json"
 
@@ -86,16 +86,80 @@ class _suffix(logging.Filter):
 
 
 class BeforeAfterValidator(Validator):
-    """torchtitan's validator, run every `freq` steps and after the last one; the trainer runs it before the first."""
+    """torchtitan's validator, run every `freq` steps and after the last one; the trainer runs it before the first.
+
+    The same forward passes also give the losses of single tokens: by position, and by where their bigram was last seen
+    (flexrattn.evaluation), in the log, in TensorBoard and in eval.json in the run's dump_folder; and TensorBoard the
+    share of each branch (flexrattn.branch_shares).
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Validator.Config):
-        pass
+        reference_window: int = evaluation.DEFAULT_REFERENCE_WINDOW
+        """Tokens are sorted by whether this window reaches what they need (flexrattn.evaluation)"""
 
+        def __post_init__(self):
+            Validator.Config.__post_init__(self)
+            evaluation.check_reference_window(self.reference_window)
+
+    # The trainer, which knows them, sets these.
     last_step: int | None = None
+    dump_folder: str | None = None
+    tokens_per_step: int = 0
+
+    loss_fn: Any
+    _batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def should_validate(self, step: int) -> bool:
         return step % self.config.freq == 0 or step == self.last_step
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor, model_parts: list[torch.nn.Module]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        tokens_BT = input_dict["input"]
+        whole_rows = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        self._batch = tokens_BT, labels, input_dict.get("positions", whole_rows)
+        return super().post_dataloading_process(input_dict, labels, model_parts)
+
+    def not_measured(self) -> str:
+        """Why the losses of single tokens cannot be seen in this run; "" if they can."""
+        if self.parallel_dims.pp_enabled:
+            return "pipeline parallelism keeps them in its last stage"
+        if self.parallelism.spmd_backend == "full_dtensor":
+            return "parallelism.spmd_backend is full_dtensor"
+        if not evaluation.PerTokenLoss.takes(self.loss_fn):
+            return f"the loss is {type(self.loss_fn).__name__}, not cross entropy"
+        return ""
+
+    def validate(self, model_parts: list[torch.nn.Module], step: int) -> None:
+        if reason := self.not_measured():
+            logger.warning(f"Losses of single tokens are not measured: {reason}")
+            super().validate(model_parts, step)
+            return
+        tally = evaluation.LossTally(
+            seq_len=self.seq_len, reference_window=self.config.reference_window, device=platform.device_type()
+        )
+
+        def seen(loss_BT: torch.Tensor) -> None:
+            assert self._batch is not None
+            tally.add(*self._batch, loss_BT)
+
+        loss_fn: Any = self.loss_fn
+        self.loss_fn = evaluation.PerTokenLoss(loss_fn, seen)
+        branch_shares.begin(model_parts)
+        try:
+            super().validate(model_parts, step)
+        finally:
+            self.loss_fn, self._batch = loss_fn, None
+        self._report(tally, branch_shares.end(model_parts), step)
+
+    def _report(self, tally: evaluation.LossTally, shares: dict[str, float], step: int) -> None:
+        group = self.parallel_dims.get_mesh("batch").get_group() if self.parallel_dims.dp_enabled else None
+        result = tally.result(step=step, tokens=step * self.tokens_per_step, group=group)
+        logger.info(f"validate step: {step:2}  {evaluation.log_line(result)}")
+        self.metrics_processor.logger.log(evaluation.scalars(result) | shares, step)
+        if self.dump_folder is not None and torch.distributed.get_rank() == 0:
+            evaluation.write_json(Path(self.dump_folder) / evaluation.EVAL_FILE, result)
 
 
 class RAttentionTrainer(Trainer):
@@ -131,11 +195,13 @@ class RAttentionTrainer(Trainer):
         assert isinstance(config.model_spec.model, RAttentionModel.Config)
         log_layers(config.model_spec.model, config.training.seq_len)
         tokens = config.training.local_batch_size * config.training.seq_len * self.gradient_accumulation_steps
+        ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
         self.metrics_processor.tokens_per_step = tokens
         self.metrics_processor.total_steps = config.training.steps
         if config.validator.enable:
             self.validator.last_step = config.training.steps
-        ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+            self.validator.dump_folder = config.dump_folder
+            self.validator.tokens_per_step = tokens * ranks
         total = tokens * ranks * config.training.steps
         logger.info(f"{tokens * ranks:,} tokens a step, {total:,} in {config.training.steps} steps")
 
@@ -173,6 +239,7 @@ def check_before_start(config: RAttentionTrainer.Config) -> None:
     if training.seq_len % chunks:
         raise ValueError(f"training.seq_len {training.seq_len} must be a multiple of loss.num_chunks {chunks}")
     refuse_context_parallel(config.parallelism)
+    refuse_uneven_head_split(model, config.parallelism)
     for layer in model.layers:
         check_backend(layer.attention.inner_attention.kernel_options, torch.device(platform.device_type()))
     check_vocabulary(config.tokenizer.build(tokenizer_path=config.hf_assets_path), model.vocab_size)

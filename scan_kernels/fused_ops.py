@@ -30,7 +30,7 @@ def interpreted() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _environment_refusal(device_type: str) -> str:
+def environment_refusal(device_type: str) -> str:
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton"
     if device_type != "cuda" and not interpreted():
@@ -42,7 +42,7 @@ def _environment_refusal(device_type: str) -> str:
 
 def refusal(q: Tensor, k: Tensor, v: Tensor) -> str:
     """Why `impl="triton"` does not take these tensors; "" if it does."""
-    if reason := _environment_refusal(q.device.type):
+    if reason := environment_refusal(q.device.type):
         return reason
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return f"takes bfloat16, float16 or float32, got {q.dtype}"

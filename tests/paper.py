@@ -58,8 +58,17 @@ def softmax_branch(q, k, v, positions, *, window: int | None, theta: float | Non
     return out
 
 
-def linear_branch(q, k, v, positions, *, window: int | None, feature_map: str, initial_state=None):
-    """o_t = phi(q_t) S of the keys of its document up to t-window-1 (up to t without a window)."""
+def decay_gate(x, weights) -> torch.Tensor:
+    """Mamba2's scalar gate, the log of what is kept, (T, G): -exp(A) log(1 + exp(W x + b))."""
+    pre = x @ weights["decay_gate.proj.weight"].T + weights["decay_gate.dt_bias"]
+    return -torch.exp(weights["decay_gate.A_log"]) * torch.log(1 + torch.exp(pre))
+
+
+def linear_branch(q, k, v, positions, *, window: int | None, feature_map: str, initial_state=None, log_decay=None):
+    """o_t = phi(q_t) S of the keys of its document up to t-window-1 (up to t without a window).
+
+    With log_decay (T, G), a key's entry first shrinks the state by exp of that key's decay.
+    """
     T, H, _ = q.shape
     group = H // k.shape[1]
     lag = 0 if window is None else window + 1
@@ -69,6 +78,8 @@ def linear_branch(q, k, v, positions, *, window: int | None, feature_map: str, i
         for h in range(H):
             state = 0 if initial_state is None else initial_state[h]
             for s in range(start, t - lag + 1):
+                if log_decay is not None:
+                    state = state * torch.exp(log_decay[s, h // group])
                 state = state + torch.outer(phi(k[s, h // group], feature_map), v[s, h // group])
             if isinstance(state, torch.Tensor):
                 out[t, h] = phi(q[t, h], feature_map) @ state
@@ -97,6 +108,19 @@ def layer(
     if "q_norm.weight" in weights:
         q = rms_norm(q, weights["q_norm.weight"], qk_eps)
         k = rms_norm(k, weights["k_norm.weight"], qk_eps)
+    log_decay = decay_gate(x, weights) if "decay_gate.A_log" in weights else None
+    if kind == "hymba":
+        o = torch.zeros_like(q)
+        group = n_heads // n_kv_heads
+        soft = [h for h in range(n_heads) if h // group % 2 == 0]
+        lin = [h for h in range(n_heads) if h // group % 2 == 1]
+        o_soft = softmax_branch(q[:, soft], k[:, ::2], v[:, ::2], positions, window=window, theta=theta)
+        o_lin = linear_branch(
+            q[:, lin], k[:, 1::2], v[:, 1::2], positions, window=None, feature_map=feature_map, log_decay=log_decay
+        )
+        o[:, soft] = rms_norm(o_soft, weights["swa_norm.weight"], norm_eps)
+        o[:, lin] = rms_norm(o_lin, weights["rla_norm.weight"], norm_eps)
+        return o.reshape(T, -1) @ weights["wo.weight"].T
     branches = []
     if not (kind == "rattention" and window is None):
         swa = softmax_branch(q, k, v, positions, window=None if kind == "full" else window, theta=theta)
@@ -111,7 +135,16 @@ def layer(
         if "initial_state.k_tokens" in weights:
             k_tokens, v_tokens = weights["initial_state.k_tokens"], weights["initial_state.v_tokens"]
             state = [phi(k_tokens[h], feature_map).T @ v_tokens[h] for h in range(n_heads)]
-        rla = linear_branch(q_lin, k_lin, v, positions, window=window, feature_map=feature_map, initial_state=state)
+        rla = linear_branch(
+            q_lin,
+            k_lin,
+            v,
+            positions,
+            window=window,
+            feature_map=feature_map,
+            initial_state=state,
+            log_decay=log_decay,
+        )
         if "rla_norm.weight" in weights:
             rla = rms_norm(rla, weights["rla_norm.weight"], norm_eps)
         branches.append(rla)

@@ -74,9 +74,18 @@ class Corpus:
         return text
 
     def epoch_order(self, *, seed: int, epoch: int) -> np.ndarray:
-        """A permutation of the documents: by a hash of (text, seed, epoch), so library versions cannot change it."""
-        salt = _mix64(_mix64(np.array([epoch], np.uint64)) ^ np.array([seed % 2**64], np.uint64))
-        return np.argsort(_mix64(self.digests ^ salt), kind="stable")
+        return epoch_order(self.digests, seed=seed, epoch=epoch)
+
+
+def epoch_order(digests: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of the documents: by a hash of (text, seed, epoch), so library versions cannot change it."""
+    salt = _mix64(_mix64(np.array([epoch], np.uint64)) ^ np.array([seed % 2**64], np.uint64))
+    return np.argsort(_mix64(digests ^ salt), kind="stable")
+
+
+def shuffled(n: int, *, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0..n-1 that is the same everywhere."""
+    return epoch_order(np.arange(1, n + 1, dtype=np.uint64), seed=seed, epoch=epoch)
 
 
 def _mix64(x: np.ndarray) -> np.ndarray:
@@ -166,6 +175,9 @@ class Index:
         if self.split_by == "top_directory":
             # "torch/nn/x.py" -> "torch"; a file at the top is a directory of its own.
             return file.name.split("/", 1)[0]
+        if self.split_by == "package":
+            # "site-packages/torch/nn/x.py" -> "site-packages/torch"
+            return "/".join(file.name.split("/", 2)[:2])
         return file.name if part is None else f"{file.name}:{part}"
 
     def _add_jsonl(self, file_id: int, file: SourceFile) -> None:
@@ -234,9 +246,31 @@ def split_index(index: Index, name: str, *, validation_fraction: float) -> Split
         keys = np.array(index.split_keys, np.uint64)
         threshold = max(int(validation_fraction * 2**64), int(keys[keep].min()) + 1)
         validation = keep & (keys < np.uint64(min(threshold, 2**64 - 1)))
+        if index.split_by == "package":
+            validation = keep & _small_packages(keys, np.array(index.sizes, np.int64) * keep, validation_fraction)
     splits = Splits(index.corpus(f"{name}/train", keep & ~validation), index.corpus(f"{name}/validation", validation))
     _report(name, [index], splits, duplicates=int((~keep).sum()))
     return splits
+
+
+def _small_packages(keys: np.ndarray, sizes: np.ndarray, fraction: float) -> np.ndarray:
+    """Packages in the order of their hashes, as long as they fit into the fraction of the bytes; the others train.
+
+    A few packages hold most of an installation: by hash alone one of them could be the whole validation split. Each is
+    at most a quarter of it.
+    """
+    packages, inverse = np.unique(keys, return_inverse=True)
+    nbytes = np.bincount(inverse, weights=sizes)
+    room = fraction * nbytes.sum()
+    largest = room / 4
+    chosen = np.zeros(len(packages), bool)
+    for i, size in enumerate(nbytes):
+        if 0 < size <= min(room, largest):
+            chosen[i] = True
+            room -= size
+    if not chosen.any():
+        chosen[np.argmin(np.where(nbytes > 0, nbytes, np.inf))] = True
+    return chosen[inverse]
 
 
 def pair_indices(train: Index, validation: Index, name: str) -> Splits:

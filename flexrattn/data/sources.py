@@ -6,10 +6,11 @@ from functools import lru_cache
 from flexrattn.data.corpus import Corpus, Index, Splits, pair_indices, split_index
 from flexrattn.data.local_text import local_text_files
 from flexrattn.data.python_source import python_source_files
+from flexrattn.data.tokens import TokenizedCorpus, open_tokens
 
-DATASETS = ("python_source", "local")
+DATASETS = ("python_source", "local", "tokens")
 SPLITS = ("train", "validation")
-SPLIT_BY = ("file", "top_directory")
+SPLIT_BY = ("file", "top_directory", "package")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +40,29 @@ class TextSource:
             raise ValueError(f"suffixes must name at least one ending such as .txt, got {list(self.suffixes)}")
         if self.dataset == "local" and not self.dataset_path:
             raise ValueError("dataset 'local' needs dataset_path: a .txt or .jsonl file, or a folder of them")
+        if self.dataset == "tokens" and (not self.dataset_path or self.validation_path):
+            raise ValueError(
+                "dataset 'tokens' needs dataset_path, a folder that python -m flexrattn.data.prepare wrote, and no "
+                "validation_path: that folder holds both splits"
+            )
         if self.dataset == "python_source" and (self.dataset_path or self.validation_path):
             raise ValueError(
                 "dataset 'python_source' takes no dataset_path and no validation_path: use dataset 'local'"
             )
 
+    def documents(self, split: str) -> Corpus | TokenizedCorpus:
+        """The documents of one split, as text or, of the dataset `tokens`, as ids."""
+        if self.dataset != "tokens":
+            return self.corpus(split)
+        assert self.dataset_path is not None
+        tokens = open_tokens(self.dataset_path, _known(split))
+        if not len(tokens):
+            raise ValueError(f"{self.dataset_path} has no documents in the split {split!r}: prepare more text")
+        return tokens
+
     def corpus(self, split: str) -> Corpus:
-        """The documents of one split. ValueError, with what would do, when there are none."""
-        if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        """The documents of one split as text. ValueError, with what would do, when there are none."""
+        _known(split)
         splits = open_splits(self)
         corpus = splits.train if split == "train" else splits.validation
         if len(corpus) > 0:
@@ -66,6 +81,12 @@ class TextSource:
                 "give validation_path, lower max_document_bytes, or add text"
             )
         raise ValueError(f"no text in {where}: every file is blank or not UTF-8")
+
+
+def _known(split: str) -> str:
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    return split
 
 
 # The train loader and every validation pass ask for the same source: one scan a process serves them all.

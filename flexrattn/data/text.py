@@ -11,7 +11,6 @@ no label belongs to another document and the pair at the end of a row still has 
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +24,10 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from flexrattn.data.corpus import Corpus
+from flexrattn.data.corpus import Corpus, shuffled
 from flexrattn.data.sources import SPLITS, TextSource
-from flexrattn.data.tokenizer import check_vocabulary
+from flexrattn.data.tokenizer import check_vocabulary, tokenizer_fingerprint
+from flexrattn.data.tokens import TokenizedCorpus
 from flexrattn.packing import positions_from_lengths
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class PackedTextDataset(IterableDataset, Stateful):
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | TokenizedCorpus,
         tokenizer: BaseTokenizer,
         *,
         seq_len: int,
@@ -63,6 +63,7 @@ class PackedTextDataset(IterableDataset, Stateful):
         dp_world_size: int,
         infinite: bool,
         shard_by: str,
+        shuffle_rows: bool = False,
     ) -> None:
         self.corpus = corpus
         self.tokenizer = tokenizer
@@ -73,6 +74,7 @@ class PackedTextDataset(IterableDataset, Stateful):
         self.dp_world_size = dp_world_size
         self.infinite = infinite
         self.by_rows = shard_by == "rows" or not infinite
+        self.shuffle_rows = shuffle_rows and infinite
         self._resumed = False
         self._rewind()
 
@@ -118,6 +120,9 @@ class PackedTextDataset(IterableDataset, Stateful):
 
         Shorter than T in total only at the end of a finite stream, where rows without any segment follow.
         """
+        if self.shuffle_rows:
+            yield from self._shuffled_rows(shard, num_shards)
+            return
         segments: list[np.ndarray] = []
         room = self.seq_len
         while self.infinite or self._epoch == 0:
@@ -149,7 +154,42 @@ class PackedTextDataset(IterableDataset, Stateful):
             self._row += 1
             yield []
 
+    def _shuffled_rows(self, shard: int, num_shards: int) -> Iterator[list[np.ndarray]]:
+        """An epoch's rows, cut from its permuted documents as ever, in an order of their own; a last one that would not
+        be full is left out. `document` of the state counts the rows taken of the epoch."""
+        assert isinstance(self.corpus, TokenizedCorpus)
+        while True:
+            order = self.corpus.epoch_order(seed=self.seed, epoch=self._epoch)
+            # Pair p of the epoch is in document order[i] where ends[i] <= p < ends[i + 1].
+            pairs = np.maximum(np.diff(self.corpus.starts)[order] - 1, 0)
+            ends = np.concatenate([[0], np.cumsum(pairs)])
+            rows = shuffled(int(ends[-1]) // self.seq_len, seed=self.seed, epoch=self._epoch)[shard::num_shards]
+            if not len(rows):
+                raise ValueError(
+                    f"{self.corpus.name}: {ends[-1]} pairs of tokens, too few for {num_shards} rows of {self.seq_len}"
+                )
+            while self._document < len(rows):
+                segments, place = [], int(rows[self._document]) * self.seq_len
+                stop = place + self.seq_len
+                i = int(np.searchsorted(ends, place, side="right")) - 1
+                while place < stop:
+                    take = min(stop, int(ends[i + 1])) - place
+                    if take > 0:
+                        first = place - int(ends[i])
+                        segments.append(self._tokens(int(order[i]))[first : first + take + 1])
+                        place += take
+                    i += 1
+                self._document += 1
+                self._row += 1
+                yield segments
+            self._epoch += 1
+            self._document = 0
+            if shard == 0:
+                logger.info("%s: epoch %d begins", self.corpus.name, self._epoch)
+
     def _tokens(self, document: int) -> np.ndarray:
+        if isinstance(self.corpus, TokenizedCorpus):
+            return self.corpus.tokens(document)
         return np.asarray(self.tokenizer.encode(self.corpus.read(document), add_bos=True, add_eos=True), np.int64)
 
     def _sample(self, segments: list[np.ndarray]) -> Sample:
@@ -175,10 +215,10 @@ class TextDataLoader(ParallelAwareDataloader):
     @dataclass(kw_only=True, slots=True)
     class Config(ParallelAwareDataloader.Config):
         dataset: str = "python_source"
-        """python_source: the .py files of the Python that runs; local: dataset_path."""
+        """python_source: the .py files of the Python that runs; local: dataset_path; tokens: a prepared folder."""
 
         dataset_path: str | None = None
-        """For local: a .txt or .jsonl file, or a folder, read recursively."""
+        """For local: a .txt or .jsonl file, or a folder, read recursively. For tokens: what data.prepare wrote."""
 
         validation_path: str | None = None
         """For local: validation text of its own (nothing is split off dataset_path). Both splits need both paths."""
@@ -192,8 +232,9 @@ class TextDataLoader(ParallelAwareDataloader):
         validation_fraction: float = 0.05
         """Share of files (lines of a .jsonl, pieces of a lone .txt) that are validation, by a hash of their names."""
 
-        split_by: Literal["file", "top_directory"] = "file"
-        """top_directory keeps a package or folder on one side: for corpora with near-duplicates inside packages."""
+        split_by: Literal["file", "top_directory", "package"] = "file"
+        """top_directory keeps a folder on one side: for corpora with near-duplicates inside packages. package: the same
+        for python_source, with packages that are small beside validation_fraction."""
 
         suffixes: list[str] = field(default_factory=lambda: [".txt", ".jsonl"])
         """For local folders: which files are read. All but .jsonl are read as text."""
@@ -214,6 +255,10 @@ class TextDataLoader(ParallelAwareDataloader):
         """documents: each tokenised once, by one rank and worker. rows: global batches do not depend on the number of
         ranks and workers, each of which tokenises everything."""
 
+        shuffle_rows: bool = False
+        """For tokens: deal the rows of an epoch in a random order. A batch is then of as many files as it has rows;
+        else of the few that follow each other."""
+
         model_vocab_size: int | None = None
         """If given, a tokenizer that can produce ids from here on is refused."""
 
@@ -222,6 +267,10 @@ class TextDataLoader(ParallelAwareDataloader):
                 raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
             if self.shard_by not in SHARD_BY:
                 raise ValueError(f"shard_by must be one of {', '.join(SHARD_BY)}, got {self.shard_by!r}")
+            if self.shuffle_rows and self.dataset != "tokens":
+                raise ValueError(
+                    f"shuffle_rows needs dataset 'tokens' (python -m flexrattn.data.prepare), got {self.dataset!r}"
+                )
             if self.num_workers < 0:
                 raise ValueError(f"num_workers must be 0 or more, got {self.num_workers}")
 
@@ -251,8 +300,14 @@ class TextDataLoader(ParallelAwareDataloader):
     ) -> None:
         if config.model_vocab_size is not None:
             check_vocabulary(tokenizer, config.model_vocab_size)
+        corpus = config.source().documents(config.split)
+        if isinstance(corpus, TokenizedCorpus) and corpus.tokenizer != tokenizer_fingerprint(tokenizer):
+            raise ValueError(
+                f"{config.dataset_path} was tokenised with another tokenizer than this run's: set "
+                f"recipe_args.tokenizer 'huggingface' and hf_assets_path {config.dataset_path}, or prepare it again"
+            )
         dataset = PackedTextDataset(
-            config.source().corpus(config.split),
+            corpus,
             tokenizer,
             seq_len=seq_len,
             batch_size=local_batch_size,
@@ -261,6 +316,7 @@ class TextDataLoader(ParallelAwareDataloader):
             dp_world_size=dp_world_size,
             infinite=config.infinite,
             shard_by=config.shard_by,
+            shuffle_rows=config.shuffle_rows,
         )
         shards = dp_world_size * max(1, config.num_workers)
         if not dataset.by_rows and len(dataset.corpus) < shards:
@@ -294,9 +350,9 @@ class TextDataLoader(ParallelAwareDataloader):
                 "the checkpoint's data state is not of a TextDataLoader: resume with the dataloader it had"
             )
         differences = [
-            f"{name} was {saved.get(name)}, is {value}"
-            for name, value in self._stream_identity.items()
-            if saved.get(name) != value
+            f"{name} was {saved.get(name)}, is {self._stream_identity.get(name)}"
+            for name in {**self._stream_identity, **saved}
+            if saved.get(name) != self._stream_identity.get(name)
         ]
         if differences:
             raise ValueError(
@@ -331,17 +387,11 @@ def _stream_identity(dataset: PackedTextDataset, config: TextDataLoader.Config) 
         "infinite": dataset.infinite,
         "shard_by": "rows" if dataset.by_rows else "documents",
         "corpus": dataset.corpus.fingerprint,
-        "tokenizer": _tokenizer_fingerprint(dataset.tokenizer),
+        "tokenizer": tokenizer_fingerprint(dataset.tokenizer),
     }
+    if dataset.shuffle_rows:
+        identity |= {"shuffle_rows": True, "seq_len": dataset.seq_len}
     if dataset.by_rows:
         # Ranks and workers stand at different rows of one stream: what deals the rows must stay.
         identity |= {"seq_len": dataset.seq_len, "local_batch_size": dataset.batch_size}
     return identity
-
-
-_PROBE = "def f(x, *, y=0.25):\n\treturn {'naïve': x[1:] != y}  # 12345 → 数学\r\n"
-
-
-def _tokenizer_fingerprint(tokenizer: BaseTokenizer) -> str:
-    ids = tokenizer.encode(_PROBE, add_bos=True, add_eos=True)
-    return blake2b(repr((tokenizer.get_vocab_size(), ids)).encode(), digest_size=8).hexdigest()

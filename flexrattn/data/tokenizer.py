@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import blake2b
 
 from torchtitan.components.tokenizer import BaseTokenizer
 
@@ -68,3 +69,12 @@ def check_vocabulary(tokenizer: BaseTokenizer, model_vocab_size: int) -> None:
 @cache
 def _log_unused(used: int, model_vocab_size: int) -> None:
     logger.info("the tokenizer uses %d of the model's %d vocabulary entries", used, model_vocab_size)
+
+
+_PROBE = "def f(x, *, y=0.25):\n\treturn {'naïve': x[1:] != y}  # 12345 → 数学\r\n"
+
+
+def tokenizer_fingerprint(tokenizer: BaseTokenizer) -> str:
+    """Equal for tokenizers that make the same ids of a probe and have as many of them."""
+    ids = tokenizer.encode(_PROBE, add_bos=True, add_eos=True)
+    return blake2b(repr((tokenizer.get_vocab_size(), ids)).encode(), digest_size=8).hexdigest()

@@ -58,11 +58,9 @@ class LayerSpec:
 
 
 def layer_spec(attention: RAttention.Config, model: RAttentionModel.Config) -> LayerSpec:
-    """Of a layer's config.
-
-    ValueError for what has no cache: a linear branch beside another mask than its window, a score mod, and masks that
-    let queries read later keys.
-    """
+    """Of a layer's config. ValueError for what has no cache: see `check_decodable`."""
+    if reason := _no_cache(attention):
+        raise ValueError(reason)
     H, D = attention.n_heads, attention.head_dim
     G = attention.n_kv_heads or H
     assert D is not None
@@ -101,6 +99,21 @@ def layer_spec(attention: RAttention.Config, model: RAttentionModel.Config) -> L
         F=feature_dim(feature_map, D) if residual is not None else 0,
         feature_map=feature_map,
     )
+
+
+def check_decodable(model: RAttentionModel.Config) -> None:
+    """ValueError for what trains and has no cache: a decay gate, heads split between the branches, a linear branch
+    beside another mask than its window, a score mod, and masks that let queries read later keys."""
+    for layer in model.layers:
+        layer_spec(layer.attention, model)
+
+
+def _no_cache(attention: RAttention.Config) -> str:
+    named = {"decay_gate true": attention.decay_gate is not None, "layer_kind 'hymba'": attention.splits_heads}
+    there = " and ".join(name for name, has in named.items() if has)
+    if not there:
+        return ""
+    return f"a model with {there} trains and can be evaluated, but decoding has no cache for it yet"
 
 
 @dataclass(kw_only=True)

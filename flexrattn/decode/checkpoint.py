@@ -80,7 +80,16 @@ def _step_number(folder: Path) -> int:
 def model_config(saved: dict[str, Any], *, source: str) -> RAttentionModel.Config:
     """The model config that wrote itself down as `saved`. ValueError where this version would build another model."""
     attentions = [layer["attention"] for layer in saved["layers"]]
-    patterns = ["global" if a["kind"] == LayerKind.FULL and not a["use_rope"] else "local" for a in attentions]
+    # Where all layers are full attention, global ones are told by not rotating, or else by a mask of their own.
+    all_full = all(a["kind"] == LayerKind.FULL for a in attentions)
+    all_rotate = all(a["use_rope"] for a in attentions)
+
+    def is_global(a: dict[str, Any]) -> bool:
+        if not all_full:
+            return a["kind"] == LayerKind.FULL
+        return a["mask"] != attentions[0]["mask"] if all_rotate else not a["use_rope"]
+
+    patterns = ["global" if is_global(a) else "local" for a in attentions]
     first, feed_forward = attentions[0], saved["layers"][0]["feed_forward"]
     local = next((a for a, kind in zip(attentions, patterns, strict=True) if kind == "local"), None)
     size = Flavor(
@@ -104,11 +113,13 @@ def model_config(saved: dict[str, Any], *, source: str) -> RAttentionModel.Confi
         "kind": LayerKind(local["kind"]) if local else LayerKind.FULL,
         "window": local["window"] if local else None,
         "pattern": tuple(patterns),
+        "global_rope": any(a["use_rope"] for a, kind in zip(attentions, patterns, strict=True) if kind == "global"),
     }
     if local and residual:
         own |= {
             "feature_map": residual["feature_map"],
             "branch_norm": local["rla_norm"] is not None,
+            "decay_gate": local.get("decay_gate") is not None,
             "learned_initial_state": local["initial_state"] is not None,
             "learned_qk_scale": local["q_scale"] is not None,
             "scan_impl": residual["impl"],
@@ -223,6 +234,30 @@ def _read_safetensors(path: Path, wanted: dict[str, Tensor]) -> None:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
 
 
+def progress(checkpoint: Checkpoint) -> tuple[int | None, int | None]:
+    """(steps, tokens of all ranks) that the weights were trained for; None where the checkpoint does not say."""
+    if checkpoint.exported:
+        from safetensors import safe_open
+
+        with safe_open(str(checkpoint.weights), framework="pt") as file:
+            written = file.metadata() or {}
+        return tuple(int(written[name]) if name in written else None for name in ("step", "tokens"))  # type: ignore[return-value]
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.FileSystemReader(str(checkpoint.weights))
+    there = reader.read_metadata().state_dict_metadata
+    names = ("train_state.step", "train_state.ntokens_seen", "dataloader.world_size")
+    read: dict[str, Any] = {name: 0 for name in names if name in there}
+    if read:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(read, storage_reader=reader, no_dist=True)
+    step, of_rank, ranks = (read.get(name) for name in names)
+    if step is None and (number := _step_number(checkpoint.weights)) >= 0:
+        step = number
+    return step, None if of_rank is None or ranks is None else of_rank * ranks
+
+
 def load_tokenizer(checkpoint: Checkpoint, given: str | None = None) -> BaseTokenizer:
     """The run's tokenizer, or `given`: "bytes" or a folder with tokenizer.json. ValueError where it is missing."""
     recorded = (checkpoint.config.get("tokenizer") or {}).get("class")
@@ -268,5 +303,7 @@ def export(checkpoint: Checkpoint, folder: str | Path, *, dtype: torch.dtype | N
         if assets.is_dir():
             shutil.copytree(assets, folder / "tokenizer", dirs_exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(checkpoint.config, indent=2))
-    save_file(weights, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    trained = dict(zip(("step", "tokens"), progress(checkpoint), strict=True))
+    known = {name: str(value) for name, value in trained.items() if value is not None}
+    save_file(weights, str(folder / WEIGHTS_FILE), metadata={"format": "pt", **known})
     return folder

@@ -8,6 +8,7 @@ import torch
 from flexrattn import make_layers, resolve_flavor
 from flexrattn.attention import HeadRMSNorm
 from flexrattn.flavors import build_model_config
+from flexrattn.head_split import merge_groups, split_groups
 from flexrattn.masked_attention import MaskedAttention
 from score_mods import build_block_mask, sliding_window
 from tests import paper
@@ -29,6 +30,14 @@ CASES = [
     pytest.param({"layer_kind": "rattention", "window": 5, "branch_norm": False}, id="no-branch-norm"),
     pytest.param({"layer_kind": "rattention", "window": 5, "learned_qk_scale": True}, id="learned-qk-scale"),
     pytest.param({"layer_kind": "rattention", "window": 5, "learned_initial_state": True}, id="learned-state"),
+    pytest.param({"layer_kind": "rattention", "window": 5, "decay_gate": True}, id="decay-gate"),
+    pytest.param({"layer_kind": "rattention", "window": None, "decay_gate": True}, id="decay-gate-linear-only"),
+    pytest.param(
+        {"layer_kind": "rattention", "window": 5, "decay_gate": True, "learned_initial_state": True},
+        id="decay-gate-learned-state",
+    ),
+    pytest.param({"layer_kind": "hymba", "window": 5}, id="hymba"),
+    pytest.param({"layer_kind": "hymba", "window": 5, "decay_gate": True}, id="hymba-decay-gate"),
     pytest.param({"layer_kind": "swa", "window": 5}, id="swa"),
     pytest.param({"layer_kind": "full", "window": None}, id="full"),
 ]
@@ -59,7 +68,7 @@ def test_layer_is_the_papers(options, documents):
     x = torch.randn(2, T, SIZE["dim"], dtype=torch.float64, requires_grad=True)
     positions = positions_of(documents).expand(2, T)
     actual = attention(x, model.get_attention_masks(positions), positions)
-    weights = {name: p.detach() for name, p in attention.named_parameters()}
+    weights = {name: p.detach().clone().requires_grad_(True) for name, p in attention.named_parameters()}
     x_ref = x.detach().clone().requires_grad_(True)
     expected = torch.stack(
         [
@@ -83,16 +92,20 @@ def test_layer_is_the_papers(options, documents):
     actual.backward(grad)
     expected.backward(grad)
     assert relative_error(x.grad, x_ref.grad) < 1e-4
+    for name, p in attention.named_parameters():
+        assert relative_error(p.grad, weights[name].grad) < 1e-4, name
 
 
-def test_global_layer_has_no_positions():
-    model, attention, _ = build({"layer_kind": "rattention", "window": 5}, layer=1)
+@pytest.mark.parametrize("theta", [None, 5e5], ids=["no-positions", "global-rope"])
+def test_global_layer_rotates_only_where_asked(theta):
+    options = {"layer_kind": "rattention", "window": 5, "global_rope": theta is not None}
+    model, attention, _ = build(options, layer=1)
     model.double()
     x = torch.randn(1, T, SIZE["dim"], dtype=torch.float64)
     positions = positions_of(ONE_DOCUMENT)[None]
     weights = {name: p.detach() for name, p in attention.named_parameters()}
-    expected = paper.layer(x[0], weights, positions[0], n_heads=4, n_kv_heads=2, kind="full", window=None, theta=None)
-    assert attention.rope is None
+    expected = paper.layer(x[0], weights, positions[0], n_heads=4, n_kv_heads=2, kind="full", window=None, theta=theta)
+    assert (attention.rope is None) == (theta is None)
     assert relative_error(attention(x, model.get_attention_masks(positions), positions)[0], expected) < 1e-5
 
 
@@ -112,6 +125,35 @@ def test_branches_share_the_projections():
     _, rattention, _ = build({"layer_kind": "rattention", "window": 5})
     extra = {name for name, _ in rattention.named_parameters()} - {name for name, _ in swa.named_parameters()}
     assert extra == {"swa_norm.weight", "rla_norm.weight"}
+
+
+@pytest.mark.parametrize("kind", ["rattention", "hymba"])
+def test_decay_gate_begins_as_mamba2s(kind):
+    """exp(A_log) from 1 to 16, softplus(dt_bias) from 0.001 to 0.1, and one of each for every KV head that is read."""
+    size = resolve_flavor("debug", {**SIZE, "n_heads": 64, "n_kv_heads": 64})
+    model = build_model_config(size, make_layers(layer_kind=kind, window=5, decay_gate=True)).build()
+    with torch.no_grad():
+        model.init_weights()
+    gate = model.layers["0"].attention.decay_gate
+    groups = 64 if kind == "rattention" else 32
+    assert gate.proj.weight.shape == (groups, SIZE["dim"])
+    assert gate.A_log.shape == gate.dt_bias.shape == (groups,)
+    rate, step = gate.A_log.detach().exp(), torch.nn.functional.softplus(gate.dt_bias.detach())
+    for x, low, high in ((rate, 1, 16), (step, 1e-3, 1e-1)):
+        assert low <= x.min() < low * 2
+        assert high / 2 < x.max() <= high * (1 + 1e-6)
+
+
+def test_split_groups_and_back():
+    """Even groups and odd ones, each query head beside the KV head it reads."""
+    q = torch.arange(8.0)[None, None, :, None].expand(2, 3, 8, 4)
+    k = torch.arange(4.0)[None, None, :, None].expand(2, 3, 4, 4)
+    even, odd = split_groups(q, k, k)
+    assert even[0][0, 0, :, 0].tolist() == [0, 1, 4, 5]
+    assert odd[0][0, 0, :, 0].tolist() == [2, 3, 6, 7]
+    assert even[1][0, 0, :, 0].tolist() == [0, 2]
+    assert odd[2][0, 0, :, 0].tolist() == [1, 3]
+    assert torch.equal(merge_groups(even[0], odd[0], 2), q)
 
 
 def norm(n_heads=2, head_dim=8) -> HeadRMSNorm:

@@ -13,6 +13,9 @@ KINDS = {
     "linear-only": {"layer_kind": "rattention", "window": None},
     "swa": {"layer_kind": "swa", "window": 2048},
     "full": {"layer_kind": "full"},
+    "hymba": {"layer_kind": "hymba", "window": 512},
+    "decay-gate": {"layer_kind": "rattention", "window": 512, "decay_gate": True},
+    "hymba-decay-gate": {"layer_kind": "hymba", "window": 512, "decay_gate": True},
 }
 
 
@@ -20,11 +23,14 @@ def closed_formula(name: str, kind: str) -> int:
     """Parameters by arithmetic: embeddings, projections, feed-forward, norms."""
     f = FLAVORS[name]
     attention = f.dim * f.head_dim * (2 * f.n_heads + 2 * f.n_kv_heads) + 2 * f.head_dim
-    head_norms = {"rattention": 2, "linear-only": 1}.get(kind, 0) * f.n_heads * f.head_dim
+    # Split heads have one norm each.
+    head_norms = {"rattention": 2, "decay-gate": 2}.get(kind, 0 if kind in ("swa", "full") else 1)
+    gated = {"decay-gate": f.n_kv_heads, "hymba-decay-gate": f.n_kv_heads // 2}.get(kind, 0)
+    extra = head_norms * f.n_heads * f.head_dim + gated * (f.dim + 2)
     layer = attention + 3 * f.dim * f.ffn_dim + 2 * f.dim
     n_local = f.n_layers * 3 // 4
     assert f.n_layers % 4 == 0
-    return f.n_layers * layer + n_local * head_norms + f.dim + f.vocab_size * f.dim * (1 if f.tied else 2)
+    return f.n_layers * layer + n_local * extra + f.dim + f.vocab_size * f.dim * (1 if f.tied else 2)
 
 
 def meta_model(name: str, kind: str):
@@ -81,6 +87,15 @@ def test_flops_of_a_layer_by_hand():
     assert attention_flops_per_token(config.layers[3].attention, 8) == pytest.approx(4 * 32 * 4 * 4.5)
 
 
+def test_flops_of_split_heads_by_hand():
+    """Two of the 4 heads see a window's keys, the other two read one of the 2 KV heads' states."""
+    config = build_model_config(resolve_flavor("debug"), make_layers(layer_kind="hymba", window=2))
+    keys = (1 + 2 + 3 * 6) / 8
+    assert attention_flops_per_token(config.layers[0].attention, 8) == pytest.approx(
+        4 * 32 * 2 * keys + 2 * 64 * 32 * (2 + 1)
+    )
+
+
 def test_training_flops_per_token():
     config, model = meta_model("30m", "rattention")
     nparams, per_token = nparams_and_flops_per_token(config, model, 1024)
@@ -95,7 +110,19 @@ def test_training_flops_per_token():
 
 def test_full_attention_is_charged_more_than_a_window():
     counted = {k: nparams_and_flops_per_token(*meta_model("3b", k), 8192)[1] for k in KINDS}
+    assert counted["hymba"] < counted["rattention"] < counted["decay-gate"] < counted["swa"]
     assert counted["linear-only"] < counted["rattention"] < counted["swa"] < counted["full"]
+
+
+def test_rla_norm_init_is_where_the_linear_branchs_norm_begins():
+    config = build_model_config(resolve_flavor("debug"), make_layers(window=4, rla_norm_init=0.25))
+    model = config.build()
+    with torch.no_grad():
+        model.init_weights()
+    attention = model.layers["0"].attention
+    assert (attention.rla_norm.weight == 0.25).all()
+    assert (attention.swa_norm.weight == 1).all()
+    assert config.to_dict()["layers"][0]["attention"]["rla_norm"]["param_init"] == {"weight": {"value": 0.25}}
 
 
 @pytest.mark.parametrize(
@@ -124,6 +151,7 @@ def test_pattern_repeats(pattern, kinds):
         ({"window": 1.5}, "window must be an integer .* got 1.5"),
         ({"window": True}, "window must be an integer .* got True"),
         ({"layer_kind": "swa"}, "'swa' needs a window"),
+        ({"layer_kind": "hymba"}, "'hymba' needs a window"),
         ({"layer_kind": "full", "window": 4}, "'full' has no window, got window 4"),
         (
             {"layer_kind": "ratention"},
@@ -133,6 +161,9 @@ def test_pattern_repeats(pattern, kinds):
         ({"window": 4, "pattern": []}, "pattern must be a list"),
         ({"window": 4, "pattern": "LLLG"}, "pattern must be a list"),
         ({"window": 4, "pattern": ["local", "globl"]}, "unknown pattern entry 'globl', did you mean 'global'"),
+        ({"window": 4, "rla_norm_init": "1"}, "rla_norm_init must be a finite number, got '1'"),
+        ({"window": 4, "rla_norm_init": float("nan")}, "rla_norm_init must be a finite number, got nan"),
+        ({"window": 4, "rla_norm_init": 0.5, "branch_norm": False}, "a norm that branch_norm false leaves out"),
         ({"window": 4, "global_mask_args": {"window": 4}}, "global_mask_args given without global_mask"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
@@ -156,6 +187,11 @@ def test_refused_layers(options, said):
 def test_refused_sizes(overrides, said):
     with pytest.raises(ValueError, match=said):
         resolve_flavor("debug", overrides)
+
+
+def test_split_heads_want_pairs_of_groups():
+    with pytest.raises(ValueError, match=r"'hymba' gives half .* n_kv_heads must be even, got 1"):
+        build_model_config(resolve_flavor("debug", {"n_kv_heads": 1}), make_layers(layer_kind="hymba", window=4))
 
 
 def test_unknown_flavor_lists_the_known():

@@ -85,12 +85,13 @@ def test_a_window_that_is_data_is_the_same_branch(window, sinks, lengths):
     q, k, v, do = (torch.randn(1, T, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2, 4))
     positions = positions_of(lengths)
     state = torch.randn(4, 16, 8, generator=generator, dtype=torch.float64)
+    decay = None if sinks else -torch.rand(1, T, 2, generator=generator, dtype=torch.float64) / 4
     results = []
     for draws in (False, True):
         branch = ResidualLinearBranch.Config(window=window, sinks=sinks, impl="torch", draws=draws).build()
         branch.drawn_window = torch.tensor(window)
-        given = [x.clone().requires_grad_() for x in (q, k, v)]
-        o = branch(*given, positions=positions, initial_state=state)
+        given = [x.clone().requires_grad_() for x in (q, k, v, decay) if x is not None]
+        o = branch(*given[:3], positions=positions, decay=given[3] if len(given) == 4 else None, initial_state=state)
         results.append([o, *torch.autograd.grad(o, given, do)])
     for found, wanted in zip(results[1], results[0], strict=True):
         assert relative_error(found, wanted) < 1e-12
@@ -101,7 +102,9 @@ def test_what_is_not_finite_stays_with_the_queries_that_read_it():
     positions = positions_of([20, 21])
     k, v = torch.rand(1, T, 1, 4), torch.rand(1, T, 1, 4)
     k[0, 17:20], v[0, 17:20] = torch.nan, torch.nan
-    for shifted in shifted_keys(k, v, positions, torch.tensor(4)):
+    decay = -torch.rand(1, T, 1)
+    decay[0, 17:20] = torch.nan
+    for shifted in shifted_keys(k, v, decay, positions, torch.tensor(4)):
         assert shifted[0, :20].isfinite().all()
         assert shifted[0, 20:].isfinite().all()
 
@@ -125,6 +128,9 @@ OPTIONS = {
     "soft cap": {"window": 5, "local_score_mod": {"soft_cap": {"cap": 1.5}}, "global_score_mod": "alibi"},
     "bias": {"window": 5, "local_score_mod": "relative_bias", "layer_score_mods": {"-1": {"relative_bias": {
         "buckets": 8, "max_distance": 20}}}},
+    "hymba": {"layer_kind": "hymba", "window": 5, "local_mask": {"attention_sink": {"sinks": 2}}, "local_score_mod":
+        "relative_bias"},
+    "gate": {"window": 5, "local_mask": {"stochastic_window": {"low": 0, "high": 30}}, "decay_gate": True},
     "draws": {"window": 5, "local_mask": {"stochastic_window": {"low": 0, "high": 30}}},
     "users": {"layer_kind": "swa", "local_mask": "tests.flexrattn.test_masks:first_two"},
 }  # fmt: skip
@@ -213,6 +219,12 @@ def test_training_draws_and_evaluation_does_not():
     fixed.load_state_dict(model.state_dict())
     model.eval()
     assert torch.equal(run(model, tokens, positions), run(fixed, tokens, positions))
+
+
+def test_split_heads_have_score_mods_of_their_own_number():
+    config = config_of(layer_kind="hymba", window=5, local_score_mod="alibi", global_score_mod="alibi")
+    assert [layer.attention.inner_attention.score_mod.args["heads"] for layer in config.layers] == [2, 2, 2, 4]
+    assert [layer.attention.residual and layer.attention.residual.window for layer in config.layers] == [None] * 4
 
 
 def test_masks_by_layer():

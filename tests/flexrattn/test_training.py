@@ -135,17 +135,56 @@ def test_ranks_agree_with_one_rank(uninterrupted, tmp_path, ranks, flags):
         assert loss == pytest.approx(expected[step], rel=2e-5), step
 
 
-def test_learned_options_train_under_tensor_parallelism(tmp_path):
-    """The learned initial state is split by heads and the learned scales are shared: both must reduce alike."""
-    options = {"learned_initial_state": "true", "learned_qk_scale": "true"}
+@pytest.mark.parametrize("backend", ["spmd_types", "partial_dtensor"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"learned_initial_state": "true", "learned_qk_scale": "true"}, id="learned"),
+        pytest.param({"decay_gate": "true", "global_rope": "true"}, id="decay-gate"),
+        pytest.param({"layer_kind": "hymba", "decay_gate": "true", "model.n_kv_heads": "4"}, id="hymba"),
+    ],
+)
+def test_layer_options_train_under_tensor_parallelism(tmp_path, options, backend):
+    """What is split by heads and what is shared must begin alike and reduce alike."""
     flags = [part for k, v in options.items() for part in (f"--recipe_args.{k}", v)]
     runs = {}
-    for ranks, extra in ((1, []), (2, ["--parallelism.tensor_parallel_degree", "2"])):
+    for ranks, extra in (
+        (1, []),
+        (2, ["--parallelism.tensor_parallel_degree", "2", "--parallelism.spmd_backend", backend]),
+    ):
         folder = tmp_path / str(ranks)
         folder.mkdir()
         train(write_config(folder), *flags, *extra, ranks=ranks)
         runs[ranks] = losses(folder / "out")
+    assert len(runs[1]) == 8
     assert runs[2] == pytest.approx(runs[1], rel=2e-5)
+
+
+def test_layer_options_compile_and_checkpoint_activations(tmp_path):
+    """Per-block compilation without a break, FSDP2 and selective checkpointing train the same numbers."""
+    flags = ["--recipe_args.layer_kind", "hymba", "--recipe_args.decay_gate", "true", "--training.steps", "2"]
+    runs = []
+    for name, ranks, extra in (
+        ("eager", 1, []),
+        # Without code generation: what is asked is that a block is one graph.
+        ("compiled", 2, ["--compile.enable", "--compile.backend", "aot_eager", "--training.local_batch_size", "2"]),
+    ):
+        (tmp_path / name).mkdir()
+        config = write_config(tmp_path / name, checkpoint={"enable": False})
+        if name == "compiled":
+            config.write_text(config.read_text() + "activation_checkpoint: selective\n")
+        train(config, *flags, *extra, ranks=ranks)
+        runs.append(losses(tmp_path / name / "out"))
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
+
+
+def test_split_heads_refuse_half_a_pair(tmp_path):
+    config = write_config(tmp_path)
+    flags = ["--recipe_args.layer_kind", "hymba", "--parallelism.tensor_parallel_degree", "2"]
+    refused = train(config, *flags, ranks=2, check=False)
+    assert refused.returncode == 2
+    assert "tensor_parallel_degree = 2 does not go with layer_kind 'hymba' and 2 KV heads" in refused.output
+    assert "Traceback" not in refused.output
 
 
 @pytest.mark.parametrize(("policy", "name"), [("full", "FullAC"), ("selective", "RAttentionSelectiveAC")])

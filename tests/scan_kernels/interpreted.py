@@ -4,15 +4,19 @@ Chunks of 16 rows and segments of 2 chunks, so that 70 tokens cross every kind o
 """
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from scan_kernels import residual_linear_attention
+from scan_kernels import residual_linear_attention, sum_of_head_norms
+from scan_kernels.branch_sum import branch_sum_fwd
 from scan_kernels.fused_ops import fused_fwd
+from scan_kernels.kernels import branch_sum as branch_sum_kernels
 from scan_kernels.kernels import configs, state_scan
 from scan_kernels.kernels.launch import Config
+from tests.scan_kernels import branch_sum_cases
 from tests.scan_kernels.cases import (
     assert_close,
     assert_same,
@@ -265,3 +269,18 @@ def test_refusals(changes, message):
 def test_float64_is_refused():
     with pytest.raises(ValueError, match=r"takes bfloat16, float16 or float32, got torch.float64; impl=.torch."):
         residual_linear_attention(**inputs_of(5), window=1, impl="triton")
+
+
+@pytest.mark.parametrize("shape", branch_sum_cases.SHAPES.values(), ids=branch_sum_cases.SHAPES)
+def test_branch_sum(shape, monkeypatch):
+    monkeypatch.setattr(branch_sum_kernels, "BACKWARD_PROGRAMS", 7)  # so that programs walk over several rows
+    x = branch_sum_cases.make(shape, torch.float32)
+    got = branch_sum_cases.solve(partial(sum_of_head_norms, eps=branch_sum_cases.EPS, impl="triton"), x)
+    for name, value in branch_sum_cases.expected(x).items():
+        assert_close(got[name], value, 1e-5)
+
+
+def test_branch_sum_opcheck():
+    x = branch_sum_cases.make((2, 3, 3, 16), torch.float32)
+    tensors = [x[name].transpose(0, 1) for name in "ab"] + [x[f"weight_{name}"] for name in "ab"]
+    torch.library.opcheck(branch_sum_fwd, (*(tensor.detach().requires_grad_() for tensor in tensors), 1e-8))

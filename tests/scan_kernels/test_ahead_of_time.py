@@ -8,11 +8,13 @@ import os
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
+from scan_kernels.kernels import branch_sum
 from scan_kernels.kernels.configs import HALF, Config
-from scan_kernels.kernels.resources import SHARED, Case, Resources, measure
+from scan_kernels.kernels.resources import SHARED, Case, Resources, measure, resources
 
 # Documents take what a plain problem takes, and more; sm_80 has the least shared memory, which a start state fills.
 FIRST = [
@@ -64,3 +66,14 @@ def test_a_plan_that_does_not_fit_is_seen():
     (dq,) = (found for _, _, found in measure([case], kernels=("chunk_dq",)))
     assert dq.spilled > 16
     assert dq.shared > SHARED[80]
+
+
+def test_the_sum_of_the_branches_fits():
+    x, weight = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((8, 4096, 16, 128), (16, 128)))
+    forward, _ = branch_sum.branch_sum_fwd(x, x, weight, weight, 1e-8)
+    backward, *_ = branch_sum.branch_sum_bwd(x, x, x, weight, weight, 1e-8)
+    for launch, capability in itertools.product((forward, backward), SHARED):
+        found = resources(launch.compile(capability), capability)
+        assert found.spilled == 0
+        assert 16 <= found.registers <= 96
+        assert found.shared <= SHARED[capability]

@@ -169,7 +169,7 @@ def test_bad_jsonl_names_file_and_line(tmp_path, line, message):
 
 
 BAD_OPTIONS = [
-    pytest.param({"dataset": "c4"}, "dataset must be one of python_source, local, got 'c4'", id="dataset"),
+    pytest.param({"dataset": "c4"}, "dataset must be one of python_source, local, tokens, got 'c4'", id="dataset"),
     pytest.param({"dataset_path": None}, "needs dataset_path", id="no-path"),
     pytest.param({"dataset_path": "/no/such/place"}, "/no/such/place does not exist", id="missing"),
     pytest.param({"suffixes": (".md",)}, "holds no file that ends in .md", id="no-files"),

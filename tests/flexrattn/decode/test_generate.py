@@ -10,12 +10,13 @@ import torch
 
 from flexrattn import generate
 from flexrattn.data.tokenizer import ByteTokenizer
+from flexrattn.decode import DecodeCache
 from flexrattn.decode.checkpoint import find_checkpoint, load_model, model_config
 from flexrattn.decode.sampling import Sampling
 from flexrattn.decode.text import TextStream
 from flexrattn.generate import Generator
 from flexrattn.registry import model_registry
-from tests.flexrattn.decode.models import full_forward
+from tests.flexrattn.decode.models import build, full_forward
 from tests.flexrattn.runs import train, write_config
 
 
@@ -160,6 +161,11 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
         {"window": 5, "local_mask": {"stochastic_window": {"values": [2, 9], "until": 30}}, "pattern": ["local"]},
         {"layer_kind": "swa", "layer_masks": {":2": {"chunked": {"chunk": 4}}, "2:": "causal"}},
         {"window": 5, "local_score_mod": {"soft_cap": {"cap": 5}}, "layer_score_mods": {"-1": "relative_bias"}},
+        {"window": 5, "decay_gate": True, "global_rope": True, "rla_norm_init": 0.5},
+        {"layer_kind": "hymba", "window": 5, "decay_gate": True},
+        {"layer_kind": "swa", "window": 5, "global_rope": True},
+        {"layer_kind": "full", "global_rope": True},
+        {"layer_kind": "full", "global_rope": True, "global_mask": "sliding_window", "global_mask_args": {"window": 3}},
         {"window": 5, "model": {"activation": "gelu", "tied": False, "qk_norm": False, "n_layers": 5}},
     ],
 )
@@ -177,6 +183,23 @@ def test_a_config_is_rebuilt_from_its_own_words(options):
         return [without_functions(v) for v in x] if isinstance(x, list) else x
 
     assert without_functions(plain(rebuilt)) == without_functions(plain(config))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"decay_gate": True}, "decay_gate true"),
+        ({"layer_kind": "hymba"}, "layer_kind 'hymba'"),
+        ({"layer_kind": "hymba", "decay_gate": True}, "decay_gate true and layer_kind 'hymba'"),
+    ],
+)
+def test_layers_without_a_cache_are_refused(options, named):
+    model = build(**options)
+    said = f"a model with {named} trains and can be evaluated, but decoding has no cache for it yet"
+    with pytest.raises(ValueError, match=said):
+        Generator(model, ByteTokenizer())
+    with pytest.raises(ValueError, match=said):
+        DecodeCache(model.config, rows=1, max_length=8, device="cpu", dtype=torch.float64)
 
 
 def test_text_comes_in_whole_characters_and_never_past_a_stop():

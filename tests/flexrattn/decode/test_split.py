@@ -21,6 +21,7 @@ KINDS = {
     "linear only, options": {"window": None, "learned_initial_state": True, "learned_qk_scale": True},
     "options": {"learned_initial_state": True, "learned_qk_scale": True},
     "no norms": {"branch_norm": False},
+    "global rope": {"global_rope": True},
     "swa": {"layer_kind": "swa"},
     "full": {"layer_kind": "full", "window": None},
     "sinks": {"layer_kind": "swa", "local_mask": {"attention_sink": {"sinks": 2}}},

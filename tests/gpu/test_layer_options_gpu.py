@@ -1,0 +1,88 @@
+"""Layer options on a GPU: kernels against float64 on the CPU, and train.py with compiled blocks and validation."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexrattn import build_model_config, make_layers, resolve_flavor
+from flexrattn.evaluation import GROUPS
+from tests.closeness import relative_error
+from tests.flexrattn.runs import losses
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = {
+    "decay-gate": {"decay_gate": True},
+    "decay-gate-linear-only": {"decay_gate": True, "window": None},
+    "hymba": {"layer_kind": "hymba"},
+    "hymba-decay-gate": {"layer_kind": "hymba", "decay_gate": True},
+    "global-rope": {"global_rope": True, "rla_norm_init": 0.1},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_layer_on_the_gpu_is_the_layer_in_float64(options):
+    """Output, input gradient and parameter gradients in fp32, packed documents, a length that no block divides."""
+    T = 389
+    size = resolve_flavor("debug", {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 32})
+    config = build_model_config(size, make_layers(**{"window": 40, "pattern": ["local", "global"], **options}))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        exact = config.build()
+        exact.init_weights()
+        for parameter in exact.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.2) + (parameter.ndim == 1))
+        fast = config.build().cuda()
+        fast.load_state_dict(exact.state_dict())
+        # Tables of rotations are no part of the state.
+        for ours, theirs in zip(fast.buffers(), exact.buffers(), strict=True):
+            ours.copy_(theirs)
+    exact.double()
+    positions = torch.cat([torch.arange(n) for n in (1, 200, 188)]).expand(2, T)
+    x, grad = torch.randn(2, T, 64), torch.randn(2, T, 64)
+    for layer in ("0", "1"):
+        found = []
+        for model, device, dtype in ((exact, "cpu", torch.float64), (fast, "cuda", torch.float32)):
+            attention = model.layers[layer].attention
+            leaf = x.detach().to(device, dtype).requires_grad_(True)
+            places = positions.to(device)
+            y = attention(leaf, model.get_attention_masks(places), places)
+            y.backward(grad.to(device, dtype))
+            found.append({"y": y, "x": leaf.grad} | {name: p.grad for name, p in attention.named_parameters()})
+        for name, expected in found[0].items():
+            assert relative_error(found[1][name], expected) < 2e-4, (layer, name)
+
+
+@pytest.mark.parametrize("options", [OPTIONS["hymba-decay-gate"], OPTIONS["decay-gate"], OPTIONS["global-rope"]],
+                         ids=["hymba-decay-gate", "decay-gate", "global-rope"])  # fmt: skip
+def test_trains_compiled_and_validates(options, tmp_path):
+    """Blocks are compiled whole (fullgraph), in bf16; validation writes its groups and the branches' shares."""
+    flags = [part for key, value in options.items() for part in (f"--recipe_args.{key}", json.dumps(value))]
+    flags += ["--training.steps", "30", "--lr_scheduler.warmup_steps", "5", "--validator.steps", "2"]
+    flags += ["--training.mixed_precision_param", "bfloat16", "--compile.enable", "--checkpoint.no-enable"]
+    done = subprocess.run(
+        [sys.executable, "train.py", "configs/debug.yaml", *flags, "--dump_folder", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "FLEXRATTN_DEVICE": "cuda"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    loss = list(losses(tmp_path).values())
+    assert all(map(math.isfinite, loss))
+    assert loss[-1] < loss[0] - 1
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert result["step"] == 30
+    assert all(math.isfinite(result["groups"][name]["loss"]) for name in GROUPS)
+    shares = losses(tmp_path, "branches/layer_00/linear_over_softmax")
+    assert list(shares) == [0, 30]
+    assert all(value > 0 for value in shares.values())
