@@ -220,8 +220,10 @@ def log_layers(config: RAttentionModel.Config, seq_len: int) -> None:
 def describe_layer(attention: RAttention.Config) -> str:
     """ "rattention(window 512, softmax)": kind, window, feature map, and the mask where it is not the kind's own."""
     details = []
-    if attention.kind != "full":
-        details.append("no window" if attention.window is None else f"window {attention.window}")
+    if attention.window is not None:
+        details.append(f"window {attention.window}")
+    elif not attention.has_softmax:
+        details.append("no window")
     if attention.residual is not None:
         details.append(attention.residual.feature_map)
     if attention.decay_gate is not None:
