@@ -13,6 +13,10 @@ from flexrattn.evaluation import GROUPS
 from tests.flexrattn.runs import train, write_config
 
 
+# torchdata's, of a name that torch no longer wants called.
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Heads split and decayed, which decoding refuses; steps 4 and 8, and what the run measured at 8."""
