@@ -12,6 +12,9 @@ from flexrattn.evaluate import Evaluator
 from flexrattn.evaluation import GROUPS
 from tests.flexrattn.runs import train, write_config
 
+# torchdata's, of a name that torch no longer wants called.
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

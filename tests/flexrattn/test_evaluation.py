@@ -69,6 +69,8 @@ def test_bigrams_of_large_ids():
     labels = torch.tensor([[0, big, 1, big, 0, 5]])
     positions = torch.arange(6)[None]
     assert bigram_distance(inputs, labels, positions).tolist() == [[0, 0, 0, 0, 4, 0]]
+    colliding = torch.tensor([[0, 1]]), torch.tensor([[2**30, 0]])
+    assert bigram_distance(*colliding, torch.arange(2)[None]).tolist() == [[0, 0]]
     one = torch.zeros(1, 1, dtype=torch.int64)
     assert bigram_distance(one, one, one).tolist() == [[0]]
 

@@ -40,8 +40,10 @@ def run(model, tokens, positions):
         {"layer_kind": "full", "window": None},
         {"window": 5, "learned_initial_state": True, "learned_qk_scale": True},
         {"window": 5, "feature_map": "relu"},
+        {"window": 5, "decay_gate": True, "learned_initial_state": True},
+        {"layer_kind": "hymba"},
     ],
-    ids=["rattention", "linear-only", "swa", "full", "learned-options", "relu"],
+    ids=["rattention", "linear-only", "swa", "full", "learned-options", "relu", "decay-gate", "hymba"],
 )
 def test_packed_documents_are_each_run_alone(options):
     """Logits and gradients of a row of three documents are those of three rows: nothing crosses a border."""

@@ -59,7 +59,12 @@ def test_layer_on_the_gpu_is_the_layer_in_float64(options):
             y.backward(grad.to(device, dtype))
             found.append({"y": y, "x": leaf.grad} | {name: p.grad for name, p in attention.named_parameters()})
         for name, expected in found[0].items():
-            assert relative_error(found[1][name], expected) < 2e-4, (layer, name)
+            # The kernels hold a decay's gradient to 5e-5 in fp32 (test_triton_gpu.py), and its sum over these tokens,
+            # which the gate's parameters get, cancels forty-fold.
+            tolerance = 2e-3 if name.startswith("decay_gate") else 2e-4
+            error = relative_error(found[1][name], expected)
+            print(f"layer {layer} {name}: {error:.1e}")
+            assert error < tolerance, (layer, name)
 
 
 @pytest.mark.parametrize("options", [OPTIONS["hymba-decay-gate"], OPTIONS["decay-gate"], OPTIONS["global-rope"]],
