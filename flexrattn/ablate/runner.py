@@ -94,12 +94,16 @@ def chosen(study: Study, arm: str, records: dict[str, Record]) -> dict[str, Any]
     tried = [records.get(run.name) for run in study.tuning_runs() if run.arm == arm]
     if any(record is None for record in tried):
         return None
-    scores = [(score, record["choice"]) for record in tried if (score := _score(study, record)) is not None]
+    scores = [
+        (score, record["choice"])
+        for record in tried
+        if record is not None and (score := _score(study, record)) is not None
+    ]
     return min(scores, key=lambda pair: pair[0])[1] if scores else None
 
 
-def _score(study: Study, record: Record | None) -> float | None:
-    if record is None or record["status"] != "done":
+def _score(study: Study, record: Record) -> float | None:
+    if record["status"] != "done":
         return None
     value = metric(record["evaluation"], study.primary)
     return metric(record["evaluation"], "loss") if value is None else value
@@ -276,7 +280,8 @@ class Runner:
             rates = [value for _, value in curves.get("throughput(tps)", [])[2:]]
             record |= {
                 "status": "done",
-                "evaluation": evaluation,
+                # A tuning run is compared by one number alone.
+                "evaluation": {k: v for k, v in evaluation.items() if k != "rows" or run.stage == "run"},
                 "validation": curves.get(VALIDATION_TAG, []),
                 "training": _thinned(curves.get("loss_metrics/global_avg_loss", [])),
                 "tokens_per_s": round(statistics.median(rates)) if rates else None,
