@@ -189,7 +189,7 @@ class Runner:
                     self.say(f"time limit: {len(running)} runs ended before they were done")
                     running.clear()
                     break
-                bar.set_postfix_str(f"{len(running)} running, {self._left([r for r, _ in running.values()])} left")
+                bar.set_postfix_str(f"{len(running)} running{self._left([r for r, _ in running.values()])}")
                 time.sleep(POLL_SECONDS)
         finally:
             stop([child for _, child in running.values()])
@@ -300,7 +300,7 @@ class Runner:
             self.say(f"{place} {run.name} FAILED: {record['error']}; log: {self.out / record['log']}")
         else:
             loss = record["evaluation"]["loss"]
-            self.say(f"{place} {run.name}: loss {loss:.4f}, {record['seconds']:.0f} s; {self._left(running)} left")
+            self.say(f"{place} {run.name}: loss {loss:.4f}, {record['seconds']:.0f} s{self._left(running)}")
         tuned = self.study.tune is not None and run.stage == "tune"
         if tuned and all(r.name in self.records for r in self.study.tuning_runs() if r.arm == run.arm):
             choice = chosen(self.study, run.arm, self.records)
@@ -335,10 +335,10 @@ class Runner:
         estimates = [self.seconds(stage, arm) for stage, arm in ahead]
         known = [e for e in estimates if e is not None]
         if not known:
-            return "- "
+            return ""
         # Runs under way count half.
         total = sum(known) / len(known) * len(estimates) - 0.5 * len(running) * sum(known) / len(known)
-        return f"about {timedelta(seconds=round(max(0.0, total) / len(self.slots)))}"
+        return f"; about {timedelta(seconds=round(max(0.0, total) / len(self.slots)))} left"
 
     def _over(self) -> bool:
         return self.time_limit is not None and time.monotonic() - self.began > self.time_limit
