@@ -38,6 +38,8 @@ from flexrattn.ablate.study import Facts, Run, Study
 IDENTITY = "identity.json"
 POLL_SECONDS = 0.1
 CURVE_POINTS = 200
+# Without tqdm's own estimate, which takes all runs for equally long.
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 # A run that is ended at the time limit has wasted no more than a GPU that waited: estimates are taken this lightly.
 OPTIMISM = 0.85
 
@@ -158,7 +160,7 @@ class Runner:
         running: dict[int, tuple[Run, Child]] = {}
         stopped = False
         done_before = len(self.records)
-        bar = tqdm(total=self._total(), initial=done_before, unit="run", disable=None, dynamic_ncols=True)
+        bar = tqdm(total=self._total(), initial=done_before, disable=None, dynamic_ncols=True, bar_format=BAR)
         if done_before:
             earlier = sum(record["status"] == "failed" for record in self.records.values())
             again = f", {earlier} of them failed: --retry-failed runs those again" if earlier else ""
