@@ -15,9 +15,15 @@ data=outputs/data/python_source
 PYTHON=${PYTHON:-python3}
 study=${STUDY:-configs/ablations/python_source_30m.yaml}
 
-[ -e $data/tokens.json ] || $PYTHON -m flexrattn.data.prepare --out $data --site-packages --split-by package
+if [ ! -e $data/tokens.json ]; then
+    # On another machine the tokenizer of the first, so that the ids are the same wherever the packages are.
+    tokenizer=()
+    [ ! -e "$out/text/tokenizer.json" ] || tokenizer=(--tokenizer "$out/text")
+    $PYTHON -m flexrattn.data.prepare --out $data --site-packages --split-by package "${tokenizer[@]}"
+fi
+mkdir -p "$out/text"
+cp $data/tokens.json $data/tokenizer.json $data/tokenizer_config.json "$out/text"/
 status=0
 $PYTHON -m flexrattn.ablate "$study" --devices "$devices" --jobs-per-device "$jobs" --out "$out" \
     --work outputs/work/python_source_30m --time-limit $((limit - SECONDS - 5)) || status=$?
-cp $data/tokens.json "$out"/
 exit $status

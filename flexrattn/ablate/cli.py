@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from flexrattn.ablate.processes import Slot
 from flexrattn.ablate.study import Facts, Study, build_arms, load_study
+from flexrattn.suggest import choose
 
 # For a first guess of a run's time, before any has been seen: sustained training FLOP/s, and seconds to get going.
 ROUGH_FLOPS = {"cuda": 1.2e14, "cpu": 2e10}
@@ -75,18 +77,12 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def _with_seeds(study: Study, seeds: list[int]) -> Study:
-    import dataclasses
-
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"--seeds must be different integers, got {seeds}")
     return dataclasses.replace(study, seeds=tuple(seeds))
 
 
 def _with_arms(study: Study, names: list[str]) -> Study:
-    import dataclasses
-
-    from flexrattn.suggest import choose
-
     for name in names:
         choose(name, [arm.name for arm in study.arms], what="arm of --only")
     return dataclasses.replace(

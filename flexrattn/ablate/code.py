@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 # Whatever a training run can import from here. This package only starts runs: what it gives them is hashed by itself.
 SOURCES = ("flexrattn", "score_mods", "scan_kernels")
-NOT_RUN = ("flexrattn/ablate/", "flexrattn/decode/", "flexrattn/generate.py")
+NOT_RUN = ("flexrattn/ablate/", "flexrattn/decode/", "flexrattn/inspect/", "flexrattn/generate.py")
 VERSIONS = ("torch", "triton", "torchtitan")
 
 

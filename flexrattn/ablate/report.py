@@ -379,12 +379,11 @@ def write_plot(study: Study, records: dict[str, Record], name: str, path: Path) 
     right.set_xscale("log")
     if positions:
         styles = ("-", "--", ":", "-.")
-        for arm in study.arms:
-            if arm.name in positions:
-                own = [a.name for a in study.arms if a.series == arm.series]
-                color = colors[all_series.index(arm.series) % len(colors)]
-                style = styles[own.index(arm.name) % len(styles)]
-                axes[2].plot(*positions[arm.name], style, color=color, label=arm.name)
+        for shown in (arm for arm in study.arms if arm.name in positions):
+            own = [arm.name for arm in study.arms if arm.series == shown.series]
+            color = colors[all_series.index(shown.series) % len(colors)]
+            style = styles[own.index(shown.name) % len(styles)]
+            axes[2].plot(*positions[shown.name], style, color=color, label=shown.name)
         axes[2].axhline(0, color="black", linewidth=0.8)
         axes[2].set_xscale("log", base=2)
         axes[2].set_xlabel("position in the document")

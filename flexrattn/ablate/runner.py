@@ -38,6 +38,8 @@ from flexrattn.ablate.study import Facts, Run, Study
 IDENTITY = "identity.json"
 POLL_SECONDS = 0.1
 CURVE_POINTS = 200
+# Without tqdm's own estimate, which takes all runs for equally long.
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 # A run that is ended at the time limit has wasted no more than a GPU that waited: estimates are taken this lightly.
 OPTIMISM = 0.85
 
@@ -94,12 +96,16 @@ def chosen(study: Study, arm: str, records: dict[str, Record]) -> dict[str, Any]
     tried = [records.get(run.name) for run in study.tuning_runs() if run.arm == arm]
     if any(record is None for record in tried):
         return None
-    scores = [(score, record["choice"]) for record in tried if (score := _score(study, record)) is not None]
+    scores = [
+        (score, record["choice"])
+        for record in tried
+        if record is not None and (score := _score(study, record)) is not None
+    ]
     return min(scores, key=lambda pair: pair[0])[1] if scores else None
 
 
-def _score(study: Study, record: Record | None) -> float | None:
-    if record is None or record["status"] != "done":
+def _score(study: Study, record: Record) -> float | None:
+    if record["status"] != "done":
         return None
     value = metric(record["evaluation"], study.primary)
     return metric(record["evaluation"], "loss") if value is None else value
@@ -154,7 +160,7 @@ class Runner:
         running: dict[int, tuple[Run, Child]] = {}
         stopped = False
         done_before = len(self.records)
-        bar = tqdm(total=self._total(), initial=done_before, unit="run", disable=None, dynamic_ncols=True)
+        bar = tqdm(total=self._total(), initial=done_before, disable=None, dynamic_ncols=True, bar_format=BAR)
         if done_before:
             earlier = sum(record["status"] == "failed" for record in self.records.values())
             again = f", {earlier} of them failed: --retry-failed runs those again" if earlier else ""
@@ -185,7 +191,7 @@ class Runner:
                     self.say(f"time limit: {len(running)} runs ended before they were done")
                     running.clear()
                     break
-                bar.set_postfix_str(f"{len(running)} running, {self._left([r for r, _ in running.values()])} left")
+                bar.set_postfix_str(f"{len(running)} running{self._left([r for r, _ in running.values()])}")
                 time.sleep(POLL_SECONDS)
         finally:
             stop([child for _, child in running.values()])
@@ -276,7 +282,8 @@ class Runner:
             rates = [value for _, value in curves.get("throughput(tps)", [])[2:]]
             record |= {
                 "status": "done",
-                "evaluation": evaluation,
+                # A tuning run is compared by one number alone.
+                "evaluation": {k: v for k, v in evaluation.items() if k != "rows" or run.stage == "run"},
                 "validation": curves.get(VALIDATION_TAG, []),
                 "training": _thinned(curves.get("loss_metrics/global_avg_loss", [])),
                 "tokens_per_s": round(statistics.median(rates)) if rates else None,
@@ -295,7 +302,7 @@ class Runner:
             self.say(f"{place} {run.name} FAILED: {record['error']}; log: {self.out / record['log']}")
         else:
             loss = record["evaluation"]["loss"]
-            self.say(f"{place} {run.name}: loss {loss:.4f}, {record['seconds']:.0f} s; {self._left(running)} left")
+            self.say(f"{place} {run.name}: loss {loss:.4f}, {record['seconds']:.0f} s{self._left(running)}")
         tuned = self.study.tune is not None and run.stage == "tune"
         if tuned and all(r.name in self.records for r in self.study.tuning_runs() if r.arm == run.arm):
             choice = chosen(self.study, run.arm, self.records)
@@ -330,10 +337,10 @@ class Runner:
         estimates = [self.seconds(stage, arm) for stage, arm in ahead]
         known = [e for e in estimates if e is not None]
         if not known:
-            return "- "
+            return ""
         # Runs under way count half.
         total = sum(known) / len(known) * len(estimates) - 0.5 * len(running) * sum(known) / len(known)
-        return f"about {timedelta(seconds=round(max(0.0, total) / len(self.slots)))}"
+        return f"; about {timedelta(seconds=round(max(0.0, total) / len(self.slots)))} left"
 
     def _over(self) -> bool:
         return self.time_limit is not None and time.monotonic() - self.began > self.time_limit

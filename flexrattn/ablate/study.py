@@ -260,7 +260,7 @@ def _seeds(path: Path, seeds: Any) -> tuple[int, ...]:
 
 
 def _arms(path: Path, base: Document, entries: Document) -> list[Arm]:
-    arms = []
+    arms: list[Arm] = []
     for series, entry in entries.items():
         changes = dict(_mapping(path, f"arms.{series}", entry))
         grid = _mapping(path, f"arms.{series}.{GRID}", changes.pop(GRID, None))
