@@ -327,24 +327,17 @@ class RAttention(GQAttention):
 
     def _join(self, swa_BTHD: torch.Tensor | None, rla_BTHD: torch.Tensor | None) -> torch.Tensor:
         """The branches' outputs as one, each through its norm: their sum, or all heads in the order of q's."""
-        both = swa_BTHD is not None and rla_BTHD is not None
-        if both and self.sum_impl and not self.splits_heads and self.swa_norm is not None and self.rla_norm is not None:
-            return sum_of_head_norms(
-                swa_BTHD,
-                rla_BTHD,
-                self.swa_norm.weight,
-                self.rla_norm.weight,
-                eps=self.swa_norm.eps,
-                impl=self.sum_impl,
-            )
-        if swa_BTHD is not None and self.swa_norm is not None:
-            swa_BTHD = self.swa_norm(swa_BTHD)
-        if rla_BTHD is not None and self.rla_norm is not None:
-            rla_BTHD = self.rla_norm(rla_BTHD)
-        if swa_BTHD is None or rla_BTHD is None:
-            only = rla_BTHD if swa_BTHD is None else swa_BTHD
-            assert only is not None
-            return only
+        swa_norm, rla_norm = self.swa_norm, self.rla_norm
+        if rla_BTHD is None:
+            assert swa_BTHD is not None
+            return swa_BTHD
+        if swa_BTHD is None:
+            return rla_BTHD if rla_norm is None else rla_norm(rla_BTHD)
+        if swa_norm is not None and rla_norm is not None:
+            if self.sum_impl is not None and not self.splits_heads:
+                weights = swa_norm.weight, rla_norm.weight
+                return sum_of_head_norms(swa_BTHD, rla_BTHD, *weights, eps=swa_norm.eps, impl=self.sum_impl)
+            swa_BTHD, rla_BTHD = swa_norm(swa_BTHD), rla_norm(rla_BTHD)
         if self.splits_heads:
             return merge_groups(swa_BTHD, rla_BTHD, self.n_heads // self.n_kv_heads)
         return swa_BTHD + rla_BTHD

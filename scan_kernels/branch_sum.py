@@ -76,7 +76,8 @@ def sum_of_head_norms(
 def branch_sum_fwd(a: Tensor, b: Tensor, weight_a: Tensor, weight_b: Tensor, eps: float) -> Tensor:
     from scan_kernels.kernels import branch_sum as kernels
 
-    launch, y = kernels.branch_sum_fwd(*(x.contiguous() for x in (a, b, weight_a, weight_b)), eps)
+    a, b, weight_a, weight_b = (x.contiguous() for x in (a, b, weight_a, weight_b))
+    launch, y = kernels.branch_sum_fwd(a, b, weight_a, weight_b, eps)
     if y.numel():
         launch.run()
     return y
@@ -94,7 +95,8 @@ def branch_sum_bwd(
     """Gradients of a, b, and of both scales (2, H, D)."""
     from scan_kernels.kernels import branch_sum as kernels
 
-    launch, da, db, parts = kernels.branch_sum_bwd(*(x.contiguous() for x in (dy, a, b, weight_a, weight_b)), eps)
+    dy, a, b, weight_a, weight_b = (x.contiguous() for x in (dy, a, b, weight_a, weight_b))
+    launch, da, db, parts = kernels.branch_sum_bwd(dy, a, b, weight_a, weight_b, eps)
     if dy.numel():
         launch.run()
     return da, db, parts.sum(0).to(weight_a.dtype)
