@@ -10,6 +10,7 @@ from flexrattn.attention import HeadRMSNorm
 from flexrattn.flavors import build_model_config
 from flexrattn.head_split import merge_groups, split_groups
 from flexrattn.masked_attention import MaskedAttention
+from scan_kernels import residual_linear_attention
 from score_mods import build_block_mask, sliding_window
 from tests import paper
 from tests.closeness import relative_error
@@ -142,6 +143,27 @@ def test_decay_gate_begins_as_mamba2s(kind):
     for x, low, high in ((rate, 1, 16), (step, 1e-3, 1e-1)):
         assert low <= x.min() < low * 2
         assert high / 2 < x.max() <= high * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("decay_gate", [False, True])
+def test_decayed_scan_is_computed_in_fp32(decay_gate, monkeypatch):
+    """A decay's gradient is a difference of long sums, which bf16 scans do not hold; the output stays in bf16."""
+    seen = []
+
+    def scan(q, k, v, **options):
+        seen.append((q.dtype, k.dtype, v.dtype, options["decay"] is not None and options["decay"].dtype))
+        return residual_linear_attention(q, k, v, **options)
+
+    monkeypatch.setattr("flexrattn.attention.residual_linear_attention", scan)
+    model, attention, _ = build({"layer_kind": "rattention", "window": 5, "decay_gate": decay_gate})
+    model.bfloat16()
+    positions = positions_of(ONE_DOCUMENT)[None]
+    outputs = []
+    attention.residual.register_forward_hook(lambda module, args, out: outputs.append(out.dtype))
+    attention(torch.randn(1, T, SIZE["dim"]).bfloat16(), model.get_attention_masks(positions), positions)
+    wide = torch.float32 if decay_gate else torch.bfloat16
+    assert seen == [(wide, wide, wide, torch.float32 if decay_gate else False)]
+    assert outputs == [torch.bfloat16]
 
 
 def test_split_groups_and_back():
