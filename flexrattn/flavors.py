@@ -109,7 +109,7 @@ class Layers:
     entries come before earlier ones, all of them before local_... and global_...
     A required argument `window` (`heads`) that a mask (score mod) is not given is the layers' own.
     branch_norm: the per-head norms before the sum; False is the paper's "no group norm" row.
-    rla_norm_init: what the scale of the linear branch's norm begins as; the softmax branch's begins as 1.
+    swa_norm_init, rla_norm_init: what the scales of the softmax and of the linear branch's norms begin as.
     learned_initial_state, learned_qk_scale: the authors' options for the linear branch.
     decay_gate: the linear state decays by a learned gate a KV head and token; the paper's "Mamba2" row.
     global_rope: global layers rotate q and k as local ones do; else they carry no positions.
@@ -128,6 +128,7 @@ class Layers:
     global_score_mod: ScoreModSpec | None = None
     layer_score_mods: tuple[tuple[str, ScoreModSpec | None], ...] = ()
     branch_norm: bool = True
+    swa_norm_init: float = 1.0
     rla_norm_init: float = 1.0
     decay_gate: bool = False
     global_rope: bool = False
@@ -155,6 +156,7 @@ def make_layers(
     global_score_mod_args: dict[str, Any] | None = None,
     layer_score_mods: Mapping[Any, Any] | None = None,
     branch_norm: bool = True,
+    swa_norm_init: float = 1.0,
     rla_norm_init: float = 1.0,
     decay_gate: bool = False,
     global_rope: bool = False,
@@ -184,14 +186,11 @@ def make_layers(
         raise ValueError(f"pattern must be a list of 'local' and 'global', got {pattern!r}")
     for entry in pattern:
         choose(entry, ("local", "global"), what="pattern entry")
-    if (
-        isinstance(rla_norm_init, bool)
-        or not isinstance(rla_norm_init, int | float)
-        or not math.isfinite(rla_norm_init)
-    ):
-        raise ValueError(f"rla_norm_init must be a finite number, got {rla_norm_init!r}")
-    if rla_norm_init != 1.0 and not branch_norm:
-        raise ValueError(f"rla_norm_init {rla_norm_init} is the scale of a norm that branch_norm false leaves out")
+    for name, value in (("swa_norm_init", swa_norm_init), ("rla_norm_init", rla_norm_init)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+        if value != 1.0 and not branch_norm:
+            raise ValueError(f"{name} {value} is the scale of a norm that branch_norm false leaves out")
     return Layers(
         kind=kind,
         window=window,
@@ -204,6 +203,7 @@ def make_layers(
         global_score_mod=_named(ScoreModSpec, "global_score_mod", global_score_mod, global_score_mod_args),
         layer_score_mods=_by_layer(ScoreModSpec, "layer_score_mods", layer_score_mods),
         branch_norm=branch_norm,
+        swa_norm_init=swa_norm_init,
         rla_norm_init=rla_norm_init,
         decay_gate=decay_gate,
         global_rope=global_rope,
@@ -408,12 +408,11 @@ def _attention(
     residual_window = None if residual is None else residual.window
     # Heads of one branch.
     n_heads, n_kv_heads = (n // 2 if splits_heads else n for n in (size.n_heads, size.n_kv_heads))
-    ones = {"weight": nn.init.ones_}
-    rla_scale = {"weight": Constant(float(layers.rla_norm_init))}
     swa_norm, rla_norm = (
-        HeadRMSNorm.Config(n_heads=n_heads, head_dim=size.head_dim, param_init=init) for init in (ones, rla_scale)
+        HeadRMSNorm.Config(n_heads=n_heads, head_dim=size.head_dim, param_init={"weight": Constant(float(scale))})
+        for scale in (layers.swa_norm_init, layers.rla_norm_init)
     )
-    head_scale = HeadScale.Config(head_dim=size.head_dim, param_init=ones)
+    head_scale = HeadScale.Config(head_dim=size.head_dim, param_init={"weight": nn.init.ones_})
     decay_gate = DecayGate.Config(
         n_kv_heads=n_kv_heads,
         proj=_linear(size.dim, n_kv_heads),

@@ -114,15 +114,17 @@ def test_full_attention_is_charged_more_than_a_window():
     assert counted["linear-only"] < counted["rattention"] < counted["swa"] < counted["full"]
 
 
-def test_rla_norm_init_is_where_the_linear_branchs_norm_begins():
-    config = build_model_config(resolve_flavor("debug"), make_layers(window=4, rla_norm_init=0.25))
+@pytest.mark.parametrize(("swa", "rla"), [(1.0, 0.25), (0.5, 0.0), (0.5, 1.0)])
+def test_where_the_scales_of_the_norms_begin(swa, rla):
+    layers = make_layers(window=4, swa_norm_init=swa, rla_norm_init=rla)
+    config = build_model_config(resolve_flavor("debug"), layers)
     model = config.build()
     with torch.no_grad():
         model.init_weights()
     attention = model.layers["0"].attention
-    assert (attention.rla_norm.weight == 0.25).all()
-    assert (attention.swa_norm.weight == 1).all()
-    assert config.to_dict()["layers"][0]["attention"]["rla_norm"]["param_init"] == {"weight": {"value": 0.25}}
+    assert (attention.swa_norm.weight == swa).all()
+    assert (attention.rla_norm.weight == rla).all()
+    assert config.to_dict()["layers"][0]["attention"]["rla_norm"]["param_init"] == {"weight": {"value": rla}}
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,7 @@ def test_pattern_repeats(pattern, kinds):
         ({"window": 4, "pattern": "LLLG"}, "pattern must be a list"),
         ({"window": 4, "pattern": ["local", "globl"]}, "unknown pattern entry 'globl', did you mean 'global'"),
         ({"window": 4, "rla_norm_init": "1"}, "rla_norm_init must be a finite number, got '1'"),
+        ({"window": 4, "swa_norm_init": True}, "swa_norm_init must be a finite number, got True"),
         ({"window": 4, "rla_norm_init": float("nan")}, "rla_norm_init must be a finite number, got nan"),
         ({"window": 4, "rla_norm_init": 0.5, "branch_norm": False}, "a norm that branch_norm false leaves out"),
         ({"window": 4, "global_mask_args": {"window": 4}}, "global_mask_args given without global_mask"),
