@@ -1,0 +1,167 @@
+"""The command line: one report, or two side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Never
+
+from flexrattn.inspect import report as reports
+from flexrattn.inspect import scan
+from flexrattn.inspect.gpus import GPUS, LIMITS
+from flexrattn.inspect.problem import DTYPES, Problem, load
+from flexrattn.inspect.text import to_text
+
+TRACEBACK_VARIABLE = "FLEXRATTN_TRACEBACK"
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> Never:
+        self.exit(2, f"flexrattn.inspect: error: {' '.join(message.split())}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="python -m flexrattn.inspect",
+        description="What the compilers made of a configuration's layers: kernels, work, memory, graph health.",
+        epilog="Further flags (--recipe_args.window 128, --training.seq_len 8192, ...) are those of train.py.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", nargs="?", help="a YAML file, such as configs/rattn_3b.yaml")
+    parser.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="two YAML files or saved report.json, side by side"
+    )
+    parser.add_argument(
+        "--layer", nargs="+", default=["local", "global"], metavar="WHICH", help="local, global or an index; both kinds"
+    )
+    parser.add_argument("--seq-len", type=int, help="tokens of a row (default: the configuration's)")
+    parser.add_argument("--batch", type=int, help="rows (default: the configuration's local_batch_size)")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)} (default: the configuration's mixed_precision_param)")
+    parser.add_argument("--documents", metavar="N,N,...", help="lengths that each row is packed from (default: one)")
+    parser.add_argument("--arch", help=f"{', '.join(LIMITS)} (default: the GPU's here, else sm_90)")
+    parser.add_argument("--gpu", help=f"whose roofline: {', '.join(GPUS)} (default: the one here, else by --arch)")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="cuda: run the layers, too, on a GPU that must be here; cpu: compile only; auto: cuda where there is one",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.html, report.json and kernels/ there")
+    parser.add_argument("--sass", action="store_true", help="also disassemble the kernels of the linear branch")
+    parser.add_argument(
+        "--embed",
+        nargs="*",
+        default=["python", "ttgir"],
+        choices=("python", "ttir", "gluon", "ttgir", "ptx", "sass"),
+        help="the texts that go into report.html (default: python ttgir); kernels/ holds all",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=min(8, os.cpu_count() or 1), help="that compile (default: %(default)s)"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0, or 2 with one line on stderr for input that does not fit."""
+    parser = _parser()
+    given, rest = parser.parse_known_args(arguments)
+    flags = _config_flags(parser, rest)
+    try:
+        if (given.config is None) == (given.compare is None):
+            raise ValueError("give one configuration, or two with --compare (python -m flexrattn.inspect --help)")
+        if given.processes < 1:
+            raise ValueError(f"--processes must be positive, got {given.processes}")
+        if given.out is not None and given.out.exists() and not given.out.is_dir():
+            raise ValueError(f"--out {given.out} is a file: name a folder")
+        if given.compare is not None:
+            return _compare(given, flags)
+        return _inspect(given, flags)
+    except (ValueError, OSError, NotImplementedError, AssertionError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        parser.error(str(error) or type(error).__name__)
+
+
+def _config_flags(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:
+    """What is left for train.py's parser: flags with a section, and their values."""
+    known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+    for i, flag in enumerate(rest):
+        if flag.startswith("-") and "." not in flag.partition("=")[0] and not _is_value(rest, i):
+            from flexrattn.suggest import did_you_mean
+
+            parser.error(f"unknown flag {flag}{did_you_mean(flag, known)}; known: {', '.join(known)}")
+    if rest and not rest[0].startswith("-"):
+        parser.error(f"one configuration is looked at at a time, got {rest[0]!r} as well: use --compare A B for two")
+    return rest
+
+
+def _is_value(rest: list[str], i: int) -> bool:
+    """-1 behind a flag is its value."""
+    return i > 0 and rest[i - 1].startswith("--") and rest[i].lstrip("-").replace(".", "").isdigit()
+
+
+def _documents(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(length) for length in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--documents takes lengths such as 1000,96,3000, got {text!r}") from error
+
+
+def _load(source: str, given: argparse.Namespace, flags: Sequence[str]) -> Problem:
+    return load(
+        source,
+        flags,
+        layers=given.layer,
+        seq_len=given.seq_len,
+        batch=given.batch,
+        dtype=given.dtype,
+        documents=_documents(given.documents),
+        arch=given.arch,
+        gpu=given.gpu,
+        device=given.device,
+    )
+
+
+def make_report(problem: Problem, *, processes: int, with_sass: bool = False) -> dict[str, Any]:
+    """Everything about a problem; what takes a GPU where `problem.on_device`."""
+    made = reports.head_of(problem)
+    with scan.compilers(processes) as compile_jobs:
+        made["layers"] = [
+            reports.layer_report(problem, layer, compile_jobs, with_sass=with_sass) for layer in problem.layers
+        ]
+    made["health"] = None
+    made["memory"] = reports.model_memory(made["layers"], len(problem.model.layers))
+    made["warnings"] = reports.warnings_of(made)
+    return made
+
+
+def _inspect(given: argparse.Namespace, flags: Sequence[str]) -> int:
+    started = time.perf_counter()
+    problem = _load(given.config, given, flags)
+    made = make_report(problem, processes=given.processes, with_sass=given.sass)
+    print(to_text(made, encoding=_encoding()))
+    if given.out is not None:
+        print(f"\n{_write(made, given.out, given.embed)}")
+    print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
+    return 0
+
+
+def _encoding() -> str:
+    return "utf" if (sys.stdout.encoding or "").lower().startswith("utf") else "ascii"
+
+
+def _write(made: dict[str, Any], out: Path, embed: Sequence[str]) -> str:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(reports.to_json(made), indent=1) + "\n")
+    return f"written to {out}/"
+
+
+def _compare(given: argparse.Namespace, flags: Sequence[str]) -> int:
+    raise NotImplementedError("--compare is not there yet")
