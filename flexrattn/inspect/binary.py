@@ -21,8 +21,10 @@ _LAYOUT = re.compile(r"^(#\w+) = #(\w+)\.(\w+)<", re.MULTILINE)
 _TENSOR_CORE = re.compile(r"^\s*(?:@!?%?\w+\s+)?((?:wgmma\.mma_async|tcgen05\.mma|mma\.sync|wmma\.mma)[\w.:]*)", re.M)
 _GLOBAL = re.compile(r"^\s*(?:@!?%\w+\s+)?((ld|st)\.global[\w.:]*)\s", re.M)
 _ASYNC_COPY = re.compile(
-    r"^\s*(?:@!?%\w+\s+)?cp\.async\.c[ag]\.shared\.global[\w.:]*\s*\[[^\]]+\]\s*,\s*\[[^\]]+\]\s*,\s*(0x[0-9a-fA-F]+|\d+)", re.M
-)  # fmt: skip
+    r"^\s*(?:@!?%\w+\s+)?cp\.async\.c[ag]\.shared\.global[\w.:]*\s*"
+    r"\[[^\]]+\]\s*,\s*\[[^\]]+\]\s*,\s*(0x[0-9a-fA-F]+|\d+)",
+    re.M,
+)
 _BULK_COPY = re.compile(r"^\s*(?:@!?%\w+\s+)?cp\.async\.bulk\.tensor[\w.:]*", re.M)
 _BITS = re.compile(r"\.[bfsu](8|16|32|64|128)\b")
 _VECTOR = re.compile(r"\.v(2|4|8)\b")
@@ -111,7 +113,8 @@ def _last_two(shape: str) -> tuple[int, int]:
 
 def _locations(ttgir: str) -> dict[str, str]:
     """{"#loc12": "hopper_query.py:125"}: where inlined calls end, in the innermost source line."""
-    texts = {name: text for name, text in (m.groups() for m in map(_LOC.match, ttgir.splitlines()) if m)}
+    found = filter(None, map(_LOC.match, ttgir.splitlines()))
+    texts = {match[1]: match[2] for match in found}
 
     def resolve(text: str, depth: int = 0) -> str:
         direct = _FILE_LOC.search(text)

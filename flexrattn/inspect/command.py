@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Never
 
+from flexrattn.inspect import compare, scan
 from flexrattn.inspect import report as reports
-from flexrattn.inspect import scan
 from flexrattn.inspect.gpus import GPUS, LIMITS
+from flexrattn.inspect.page import page
+from flexrattn.inspect.paths import without_paths
 from flexrattn.inspect.problem import DTYPES, Problem, load
 from flexrattn.inspect.text import to_text
 
+_ENDINGS = {"python": "py", "ttir": "ttir", "gluon": "gluon", "ttgir": "ttgir", "ptx": "ptx", "sass": "sass"}
 TRACEBACK_VARIABLE = "FLEXRATTN_TRACEBACK"
 
 
@@ -129,27 +134,48 @@ def _load(source: str, given: argparse.Namespace, flags: Sequence[str]) -> Probl
     )
 
 
-def make_report(problem: Problem, *, processes: int, with_sass: bool = False) -> dict[str, Any]:
-    """Everything about a problem; what takes a GPU where `problem.on_device`."""
-    made = reports.head_of(problem)
+def make_report(
+    problem: Problem, *, processes: int, with_sass: bool = False, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Everything about a problem; what takes a GPU where `problem.on_device`. `say` is told what begins."""
+    unexpected: list[str] = []
     with scan.compilers(processes) as compile_jobs:
-        made["layers"] = [
-            reports.layer_report(problem, layer, compile_jobs, with_sass=with_sass) for layer in problem.layers
-        ]
+        if problem.on_device:
+            from flexrattn.inspect import device, health
+
+            say("measuring what this GPU reaches")
+            problem = dataclasses.replace(problem, gpu=device.ceilings(problem.gpu))
+        made = reports.head_of(problem)
+        made["layers"] = []
+        for layer in problem.layers:
+            say(f"{layer.name} layer: compiling the linear branch, tracing")
+            found = reports.layer_report(problem, layer, compile_jobs, with_sass=with_sass)
+            made["layers"].append(found)
+            if problem.on_device:
+                say(f"{layer.name} layer: torch.compile, running")
+                odd = device.measure_layer(problem, layer, found, problem.gpu)
+                unexpected += [f"{layer.name}, {text}" for text in odd]
     made["health"] = None
+    if problem.on_device:
+        say("a training step")
+        made["health"] = health.watch_step(problem)
     made["memory"] = reports.model_memory(made["layers"], len(problem.model.layers))
-    made["warnings"] = reports.warnings_of(made)
+    made["warnings"] = unexpected + reports.warnings_of(made)
     return made
 
 
 def _inspect(given: argparse.Namespace, flags: Sequence[str]) -> int:
     started = time.perf_counter()
     problem = _load(given.config, given, flags)
-    made = make_report(problem, processes=given.processes, with_sass=given.sass)
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - started:4.0f} s  {text}", file=sys.stderr, flush=True)
+
+    made = make_report(problem, processes=given.processes, with_sass=given.sass, say=say)
     print(to_text(made, encoding=_encoding()))
     if given.out is not None:
         print(f"\n{_write(made, given.out, given.embed)}")
-    print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
+    say("done")
     return 0
 
 
@@ -158,10 +184,54 @@ def _encoding() -> str:
 
 
 def _write(made: dict[str, Any], out: Path, embed: Sequence[str]) -> str:
+    """report.html, report.json and every text of every kernel; one line that says where."""
     out.mkdir(parents=True, exist_ok=True)
+    for layer in made["layers"]:
+        for number, kernel in enumerate(layer["kernels"]):
+            kernel.sources = {stage: without_paths(source) for stage, source in kernel.sources.items()}
+            for stage, source in kernel.sources.items():
+                name = re.sub(r"\W+", "_", kernel.name)[:60].strip("_")
+                path = Path(
+                    "kernels", layer["name"].replace(" ", "_"), f"{number:02d}_{kernel.phase}_{name}.{_ENDINGS[stage]}"
+                )
+                (out / path).parent.mkdir(parents=True, exist_ok=True)
+                (out / path).write_text(source)
+                kernel.files[stage] = path.as_posix()
     (out / "report.json").write_text(json.dumps(reports.to_json(made), indent=1) + "\n")
-    return f"written to {out}/"
+    (out / "report.html").write_text(page(made, embed=embed))
+    return f"{out / 'report.html'}, {out / 'report.json'}, texts of the kernels in {out / 'kernels'}"
 
 
 def _compare(given: argparse.Namespace, flags: Sequence[str]) -> int:
-    raise NotImplementedError("--compare is not there yet")
+    started = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - started:4.0f} s  {text}", file=sys.stderr, flush=True)
+
+    # Both are read before either is worked on.
+    sources = [_saved(name) if name.endswith(".json") else _load(name, given, flags) for name in given.compare]
+    a, b = (
+        make_report(source, processes=given.processes, with_sass=given.sass, say=say)
+        if isinstance(source, Problem)
+        else source
+        for source in sources
+    )
+    print(compare.to_text(a, b))
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "compare.html").write_text(compare.to_page(a, b))
+        (given.out / "compare.json").write_text(json.dumps([reports.to_json(x) for x in (a, b)], indent=1) + "\n")
+        print(f"\n{given.out / 'compare.html'}, {given.out / 'compare.json'}")
+    say("done")
+    return 0
+
+
+def _saved(name: str) -> dict[str, Any]:
+    """A report.json."""
+    try:
+        plain = json.loads(Path(name).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{name} does not exist: give a YAML file or a report.json that --out wrote") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{name} is no JSON: {error}") from None
+    return reports.from_json(plain, name)

@@ -5,7 +5,7 @@ Tried with torch 2.11 and 2.14. A name that moves is to be looked for in this fi
     torch._dynamo.backends.common.aot_autograd         a backend that sees the split graphs
     torch._functorch.partitioners                      the split into forward and backward that Inductor takes
     torch._subclasses.fake_tensor.FakeTensorMode       tensors without memory
-    torch._inductor.runtime.triton_heuristics          CachingAutotuner, what a generated Triton kernel is called through
+    torch._inductor.runtime.triton_heuristics          CachingAutotuner, by which generated kernels are launched
     torch._logging                                     graph breaks and recompilations, as they are logged
     torch.nn.attention.flex_attention._validate_device, scan_kernels.api.refusal
                                                        looked past while a layer is traced without a GPU
@@ -24,6 +24,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+
+from flexrattn.inspect.paths import without_paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +68,23 @@ def trace_layer(make: Callable[[], torch.nn.Module], inputs: Callable[[], Sequen
     return graphs
 
 
+# Dynamo goes into functions, and not into mocks.
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _no_reason(*_: Any) -> str:
+    return ""
+
+
 @contextlib.contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
     """FlexAttention and the linear branch's kernels take fake tensors of the meta device."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with (
-        mock.patch("torch.nn.attention.flex_attention._validate_device", lambda *_: None),
-        mock.patch("scan_kernels.api.refusal", lambda *_: ""),
+        mock.patch("torch.nn.attention.flex_attention._validate_device", _nothing),
+        mock.patch("scan_kernels.api.refusal", _no_reason),
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.device("meta"),
         warnings.catch_warnings(),
@@ -273,24 +284,22 @@ def dynamo_events() -> Iterator[Events]:
 
     artifacts = ("graph_breaks", "recompiles")
     handler = Collect()
-    names = [
-        name for name in list(logging.root.manager.loggerDict) if name.endswith(tuple(f"__{a}" for a in artifacts))
-    ]
-    loggers = [logging.getLogger(name) for name in names]
+    endings = tuple(f"__{name}" for name in artifacts)
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.endswith(endings)]
     before = utils.counters["stats"]["unique_graphs"]
     saved = [(logger.level, logger.propagate) for logger in loggers]
     torch._logging.set_logs(graph_breaks=True, recompiles=True)
-    outputs = [list(logger.handlers) for logger in loggers]
     for logger in loggers:
+        # In place of the handlers that print.
         logger.handlers = [handler]
         logger.propagate = False
-        logger.setLevel(logging.DEBUG)
     try:
         yield events
     finally:
+        for logger in loggers:
+            logger.handlers = []
         torch._logging.set_logs()
-        for logger, handlers, (level, propagate) in zip(loggers, outputs, saved, strict=True):
-            logger.removeHandler(handler)
+        for logger, (level, propagate) in zip(loggers, saved, strict=True):
             logger.setLevel(level)
             logger.propagate = propagate
         events.graphs = utils.counters["stats"]["unique_graphs"] - before
@@ -300,7 +309,7 @@ _PLACE = re.compile(r'(?:File "([^"]+)", line (\d+)|((?:/|\w:\\)[^\s:"]+\.py):(\
 
 
 def _places(text: str) -> list[str]:
-    return [f"{a or c}:{b or d}" for a, b, c, d in _PLACE.findall(text)]
+    return [without_paths(f"{a or c}:{b or d}") for a, b, c, d in _PLACE.findall(text)]
 
 
 def _first_place(text: str) -> str:
@@ -314,6 +323,7 @@ def _last_place(text: str) -> str:
 
 
 def _reason(text: str) -> str:
+    text = re.split(r"User (?:code|stack) trace", without_paths(text))[0]
     lines = [line.strip(" -\t") for line in text.splitlines()]
-    wanted = [line for line in lines if line and not line.startswith(("File ", "User code", "Set TORCH"))]
+    wanted = [line for line in lines if line and not line.startswith(("File ", "Set TORCH"))]
     return " ".join(wanted)[:600]

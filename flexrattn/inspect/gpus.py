@@ -47,10 +47,12 @@ _B200 = "NVIDIA HGX B200 page (2024): per GPU 4.5 PFLOPS bf16 with sparsity, 75 
 
 GPUS = {
     "a100-40gb": GPU(
-        name="A100 40GB SXM", arch="sm_80", sms=108, bf16=312e12, fp32=19.5e12, bandwidth=1.555e12, memory=40e9, source=_A100
+        name="A100 40GB SXM", arch="sm_80", sms=108, bf16=312e12, fp32=19.5e12, bandwidth=1.555e12, memory=40e9,
+        source=_A100,
     ),
     "a100": GPU(
-        name="A100 80GB SXM", arch="sm_80", sms=108, bf16=312e12, fp32=19.5e12, bandwidth=2.039e12, memory=80e9, source=_A100
+        name="A100 80GB SXM", arch="sm_80", sms=108, bf16=312e12, fp32=19.5e12, bandwidth=2.039e12, memory=80e9,
+        source=_A100,
     ),
     "h100": GPU(
         name="H100 SXM", arch="sm_90", sms=132, bf16=989.4e12, fp32=67e12, bandwidth=3.35e12, memory=80e9, source=_H100

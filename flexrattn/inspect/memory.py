@@ -77,10 +77,8 @@ def block_inputs(
     """
     B, T = problem.batch, problem.seq_len
     x = torch.randn(B, T, problem.model.dim, dtype=problem.torch_dtype, device=device, requires_grad=True)
-    if device == "meta":
-        positions = torch.zeros(B, T, dtype=torch.int64, device=device)
-    else:
-        positions = problem.positions(device)
+    traced = device == "meta"  # values cannot come from outside then
+    positions = torch.zeros(B, T, dtype=torch.int64, device=device) if traced else problem.positions(device)
     masks = {}
     if mask is not None:
         ids = torch.cumsum(positions == 0, dim=-1, dtype=torch.int32)

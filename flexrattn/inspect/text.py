@@ -49,6 +49,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
     return [padded(lines[0]), "  ".join("-" * width for width in widths), *map(padded, lines[1:])]
 
 
+def without_empty(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Without the columns in which no row has a value."""
+    kept = [i for i in range(len(header)) if i == 0 or any(row[i] not in ("-", "") for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
 def title_of(report: dict[str, Any]) -> str:
     return " ".join([report["config"], *report["flags"]])
 
@@ -148,7 +154,7 @@ def work_row(kernel: Kernel) -> tuple[str, ...]:
 
 
 def totals(kernels: Sequence[Kernel]) -> Kernel:
-    """Their sum; times and work that are None in some are left out, so that measured time is all that was measured."""
+    """Their sum; what is None in some counts as nothing: an unknown kernel's time counts, its work cannot."""
 
     def add(name: str) -> Any:
         values = [value for kernel in kernels if (value := getattr(kernel, name)) is not None]
@@ -157,9 +163,8 @@ def totals(kernels: Sequence[Kernel]) -> Kernel:
     whole = Kernel(name="", group="", phase="", launches=sum(kernel.launches for kernel in kernels))
     whole.flops, whole.bytes = add("flops"), add("bytes")
     whole.roofline_s, whole.measured_s = add("roofline_s"), add("measured_s")
-    timed = [kernel for kernel in kernels if kernel.measured_s is not None]
-    if timed and len(timed) == len([k for k in kernels if k.roofline_s is not None]):
-        whole.share = sum(kernel.roofline_s or 0.0 for kernel in timed) / sum(k.measured_s or 0.0 for k in timed)
+    if whole.measured_s and whole.roofline_s is not None:
+        whole.share = whole.roofline_s / whole.measured_s
     return whole
 
 
@@ -176,10 +181,24 @@ def _work(kernels: Sequence[Kernel]) -> list[str]:
             rows.append((f"{phase}, {group}", *work_row(whole)[1:]))
         whole = totals([kernel for kernel in kernels if kernel.phase == phase])
         rows.append((f"{phase}, all", *work_row(whole)[1:]))
-    return table(WORK_HEADER, rows)
+    return table(*without_empty(WORK_HEADER, rows))
 
 
-RESOURCE_HEADER = ("kernel", "registers", "spilled", "shared", "warps", "stages", "programs/SM", "warps busy", "by", "waves", "tensor cores", "dots off", "loads >=16 B")  # fmt: skip
+RESOURCE_HEADER = (
+    "kernel",
+    "registers",
+    "spilled",
+    "shared",
+    "warps",
+    "stages",
+    "programs/SM",
+    "warps busy",
+    "by",
+    "waves",
+    "tensor cores",
+    "dots off",
+    "loads >=16 B",
+)
 
 
 def resource_row(kernel: Kernel) -> tuple[str, ...]:
@@ -196,7 +215,7 @@ def resource_row(kernel: Kernel) -> tuple[str, ...]:
         percent(kernel.warps_share),
         kernel.occupancy_limit or "-",
         "-" if kernel.waves is None else f"{kernel.waves:.1f}",
-        ", ".join(f"{n} {name}" for name, n in kernel.tensor_cores.items()) or "none",
+        ", ".join(f"{n} {name.removesuffix('.mma_async')}" for name, n in kernel.tensor_cores.items()) or "none",
         f"{off} of {len(kernel.dots)}" if kernel.dots else "-",
         f"{wide_loads(kernel)} of {loads}" if loads else "-",
     )
@@ -207,7 +226,7 @@ def wide_loads(kernel: Kernel) -> int:
 
 
 def _resources(kernels: Sequence[Kernel]) -> list[str]:
-    return table(RESOURCE_HEADER, [resource_row(kernel) for kernel in kernels])
+    return table(*without_empty(RESOURCE_HEADER, [resource_row(kernel) for kernel in kernels]))
 
 
 def flex_lines(flex: dict[str, Any]) -> list[str]:
@@ -239,7 +258,7 @@ MEMORY_HEADER = ("kept to the backward", "layers", "traced", "measured", "checkp
 
 
 def _memory(report: dict[str, Any]) -> list[str]:
-    lines = table(MEMORY_HEADER, memory_rows(report))
+    lines = table(*without_empty(MEMORY_HEADER, memory_rows(report)))
     return [*lines, f"  checkpointing: {report['model']['checkpointing']}; a layer's output counts as its own"]
 
 
