@@ -100,7 +100,8 @@ def _config_flags(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]
             from flexrattn.suggest import did_you_mean
 
             parser.error(f"unknown flag {flag}{did_you_mean(flag, known)}; known: {', '.join(known)}")
-    if rest and not rest[0].startswith("-"):
+    # "activation-checkpoint:full" is how torchtitan's command line names a member of a union.
+    if rest and not rest[0].startswith("-") and ":" not in rest[0]:
         parser.error(f"one configuration is looked at at a time, got {rest[0]!r} as well: use --compare A B for two")
     return rest
 

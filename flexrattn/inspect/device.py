@@ -63,11 +63,13 @@ def _median_s(call: Callable[[], Any], rounds: int = 20) -> float:
 class Step:
     """Forward and backward of one block, compiled as torchtitan compiles it."""
 
-    def __init__(self, problem: Problem, layer: Layer, *, checkpointing: bool) -> None:
+    def __init__(
+        self, problem: Problem, layer: Layer, *, checkpointing: bool, device: str = "cuda", backend: str = "inductor"
+    ) -> None:
         mask = problem.mask(layer, whole=False) if layer.attention.has_softmax else None
-        self.block = memory.make_block(problem, layer, device="cuda", checkpointing=checkpointing)
-        self.block.compile(fullgraph=True)
-        self.inputs = memory.block_inputs(problem, layer, mask, device="cuda")
+        self.block = memory.make_block(problem, layer, device=device, checkpointing=checkpointing)
+        self.block.compile(fullgraph=True, backend=backend)
+        self.inputs = memory.block_inputs(problem, layer, mask, device=device)
         self.wanted = [self.inputs[0], *self.block.parameters()]
         self.do = torch.randn_like(self.inputs[0])
 

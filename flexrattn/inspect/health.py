@@ -160,8 +160,9 @@ def host_syncs(device: str = "cuda") -> Iterator[list[Event]]:
 
 
 def own_frame(stack: Any) -> str:
-    """file:line of the innermost frame outside of torch and of this file, else of the innermost one."""
+    """file:line of the innermost frame outside of torch, `warnings` and this file, else of the innermost one."""
     torch_folder = str(Path(torch.__file__).parent)
-    outside = [f for f in stack if not f.filename.startswith((torch_folder, "<")) and f.filename != __file__]
+    inner = (torch_folder, "<", __file__, warnings.__file__)
+    outside = [frame for frame in stack if not frame.filename.startswith(inner)]
     frame = (outside or list(stack))[-1]
     return without_paths(f"{frame.filename}:{frame.lineno}")

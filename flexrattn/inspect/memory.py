@@ -12,7 +12,7 @@ from flexrattn.activation_checkpoint import with_linear_branch
 from flexrattn.inspect import compiler
 from flexrattn.inspect.compiler import Matmul
 from flexrattn.inspect.problem import Layer, Problem
-from score_mods import MaskMod, all_of, build_block_mask, document
+from score_mods import MaskMod, all_of, build_block_mask, dense_mask, document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def make_block(
         block = config.build()
     if device != "meta":
         with torch.no_grad(), torch.device(device):
-            block.init_weights()
+            block.init_states(buffer_device=torch.device(device))
     for parameter in block.parameters():
         parameter.data = parameter.data.to(problem.torch_dtype)
     policy = with_linear_branch(problem.config.activation_checkpoint)
@@ -79,9 +79,10 @@ def block_inputs(
     x = torch.randn(B, T, problem.model.dim, dtype=problem.torch_dtype, device=device, requires_grad=True)
     traced = device == "meta"  # values cannot come from outside then
     positions = torch.zeros(B, T, dtype=torch.int64, device=device) if traced else problem.positions(device)
-    masks = {}
+    masks: dict[str, Any] = {}
     if mask is not None:
         ids = torch.cumsum(positions == 0, dim=-1, dtype=torch.int32)
         whole = all_of(mask, document(ids))
-        masks[layer.attention.mask] = build_block_mask(whole, batch=B, heads=None, q_len=T, kv_len=T, device=device)
+        build = dense_mask if device == "cpu" else build_block_mask
+        masks[layer.attention.mask] = build(whole, batch=B, heads=None, q_len=T, kv_len=T, device=device)
     return x, masks, positions
