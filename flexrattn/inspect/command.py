@@ -20,6 +20,7 @@ from flexrattn.inspect.page import page
 from flexrattn.inspect.paths import without_paths
 from flexrattn.inspect.problem import DTYPES, Problem, load
 from flexrattn.inspect.text import to_text
+from flexrattn.suggest import did_you_mean
 
 _ENDINGS = {"python": "py", "ttir": "ttir", "gluon": "gluon", "ttgir": "ttgir", "ptx": "ptx", "sass": "sass"}
 TRACEBACK_VARIABLE = "FLEXRATTN_TRACEBACK"
@@ -34,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(
         prog="python -m flexrattn.inspect",
         description="What the compilers made of a configuration's layers: kernels, work, memory, graph health.",
-        epilog="Further flags (--recipe_args.window 128, --training.seq_len 8192, ...) are those of train.py.",
+        epilog="Behind the configuration also train.py's flags: --recipe_args.window 128, --compile.enable, ...",
         allow_abbrev=False,
     )
     parser.add_argument("config", nargs="?", help="a YAML file, such as configs/rattn_3b.yaml")
@@ -74,9 +75,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 2 with one line on stderr for input that does not fit."""
     parser = _parser()
-    given, rest = parser.parse_known_args(arguments)
-    flags = _config_flags(parser, rest)
+    mine, flags = _split(sys.argv[1:] if arguments is None else arguments)
+    given, rest = parser.parse_known_args(mine)
     try:
+        if rest:
+            _refuse(parser, rest)
         if (given.config is None) == (given.compare is None):
             raise ValueError("give one configuration, or two with --compare (python -m flexrattn.inspect --help)")
         if given.processes < 1:
@@ -92,23 +95,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error) or type(error).__name__)
 
 
-def _config_flags(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:
-    """What is left for train.py's parser: flags with a section, and their values."""
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(this command's arguments, those of train.py): --section.key [value], and member choices such as
+    activation-checkpoint:full."""
+    mine, theirs = [], []
+    given = list(arguments)
+    while given:
+        argument = given.pop(0)
+        name, equals, _ = argument.partition("=")
+        if name.startswith("--") and "." in name:
+            theirs.append(argument)
+            if not equals and given and not given[0].startswith("--"):
+                theirs.append(given.pop(0))
+        elif re.fullmatch(r"[a-z_-]+:[a-z_-]+", argument):
+            theirs.append(argument)
+        else:
+            mine.append(argument)
+    return mine, theirs
+
+
+def _refuse(parser: argparse.ArgumentParser, rest: Sequence[str]) -> None:
     known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
-    for i, flag in enumerate(rest):
-        if flag.startswith("-") and "." not in flag.partition("=")[0] and not _is_value(rest, i):
-            from flexrattn.suggest import did_you_mean
-
-            parser.error(f"unknown flag {flag}{did_you_mean(flag, known)}; known: {', '.join(known)}")
-    # "activation-checkpoint:full" is how torchtitan's command line names a member of a union.
-    if rest and not rest[0].startswith("-") and ":" not in rest[0]:
-        parser.error(f"one configuration is looked at at a time, got {rest[0]!r} as well: use --compare A B for two")
-    return rest
-
-
-def _is_value(rest: list[str], i: int) -> bool:
-    """-1 behind a flag is its value."""
-    return i > 0 and rest[i - 1].startswith("--") and rest[i].lstrip("-").replace(".", "").isdigit()
+    for flag in rest:
+        if flag.startswith("-"):
+            raise ValueError(f"unknown flag {flag}{did_you_mean(flag, known)}; known: {', '.join(known)}")
+    raise ValueError(f"one configuration is looked at at a time, got {rest[0]!r} as well: use --compare A B for two")
 
 
 def _documents(text: str | None) -> list[int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -29,15 +30,14 @@ def test_full_checkpointing_keeps_the_output_alone():
 
 
 def test_selective_checkpointing_keeps_less_than_none():
-    made = problem("configs/debug.yaml", "activation-checkpoint:selective")
+    made = problem("configs/debug.yaml", "activation-checkpoint:selective", layers=["local"])
     for less, more in zip(kept(made, checkpointing=True), kept(made), strict=True):
         assert less < 0.8 * more
 
 
 def test_kept_memory_grows_with_the_tokens():
-    one, two = (kept(problem("configs/debug.yaml", seq_len=256, batch=batch)) for batch in (1, 2))
-    for x, y in zip(one, two, strict=True):
-        assert y == pytest.approx(2 * x, rel=0.05)
+    (one,), (two,) = (kept(problem("configs/debug.yaml", batch=batch, layers=["local"])) for batch in (1, 2))
+    assert two == pytest.approx(2 * one, rel=0.05)
 
 
 def test_the_3b_layer_keeps_what_was_measured():
@@ -50,11 +50,10 @@ def test_the_3b_layer_keeps_what_was_measured():
 
 def test_products_are_those_of_the_weights():
     """Forward two FLOPs a weight and token, backward twice that."""
-    made = problem("configs/debug.yaml")
-    for layer in made.layers:
-        block = memory.make_block(made, layer, device="meta")
-        weights = sum(p.numel() for p in block.parameters() if p.dim() == 2 and "norm" not in str(p.shape))
-        weights -= sum(m.weight.numel() for m in block.modules() if type(m).__name__ == "HeadRMSNorm")
-        traced = memory.trace(made, layer)
-        assert sum(m.flops for m in traced.forward) == 2 * weights * 2 * 256
-        assert sum(m.flops for m in traced.backward) == 4 * weights * 2 * 256
+    made = problem("configs/debug.yaml", layers=["local"])
+    (layer,) = made.layers
+    block = memory.make_block(made, layer, device="meta")
+    weights = sum(m.weight.numel() for m in block.modules() if isinstance(m, torch.nn.Linear))
+    traced = memory.trace(made, layer)
+    assert sum(m.flops for m in traced.forward) == 2 * weights * 2 * 256
+    assert sum(m.flops for m in traced.backward) == 4 * weights * 2 * 256
