@@ -134,7 +134,7 @@ def _kernels(a: Sequence[Kernel], b: Sequence[Kernel]) -> list[tuple[str, ...]]:
                 percent(y.warps_share),
             )
         )
-    return rows
+    return [row for row in rows if any(cell != "-" for cell in row[1:])]
 
 
 def _numbered(kernels: Sequence[Kernel]) -> dict[tuple[str, str, int], Kernel]:
@@ -150,7 +150,7 @@ def _numbered(kernels: Sequence[Kernel]) -> dict[tuple[str, str, int], Kernel]:
 
 
 def _memory(a: dict[str, Any], b: dict[str, Any]) -> Table:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     layers = {layer["name"]: None for report in (a, b) for layer in report["layers"]}
     for name in (*layers, "all layers"):
         kept = [_kept(report, name) for report in (a, b)]
@@ -173,7 +173,7 @@ def _kept(report: dict[str, Any], name: str) -> dict[str, Any] | None:
 
 
 def _health(a: dict[str, Any], b: dict[str, Any]) -> Table:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for kind in ("graph_breaks", "host_syncs", "recompiles"):
         shown = ("not looked at" if r["health"] is None else str(len(r["health"][kind])) for r in (a, b))
         rows.append((kind.replace("_", " "), *shown))

@@ -221,9 +221,10 @@ def _inductor_kernel(kernel: Any, nbytes: int, dynamic: bool) -> InductorKernel:
     constants: dict[str, Any] = {name: _plain(value) for name, value in _CONSTANT.findall(source)}
     constants |= dict(getattr(config, "kwargs", {}) or {})
     asm = {}
+    texts = getattr(binary, "asm", None)
     for stage in ("ttir", "ttgir", "ptx"):
-        with contextlib.suppress(Exception):
-            asm[stage] = binary.asm[stage]
+        with contextlib.suppress(KeyError, TypeError):
+            asm[stage] = texts[stage]  # type: ignore[index]
     return InductorKernel(
         name=str(kernel.inductor_meta.get("kernel_name") or kernel.fn.__name__),
         source=source,

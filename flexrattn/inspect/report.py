@@ -164,7 +164,7 @@ def softmax_kernels_of(problem: Problem, layer: Layer, pairs: int) -> list[Kerne
     size = problem.torch_dtype.itemsize
     queries, keys, rows = B * T * H * D * size, B * T * G * D * size, B * T * H * 4
     product = 2 * D * H * B * pairs
-    common = {"group": SOFTMAX, "dtype": "fp32" if problem.dtype == "fp32" else "bf16"}
+    common: dict[str, Any] = {"group": SOFTMAX, "dtype": "fp32" if problem.dtype == "fp32" else "bf16"}
     return [
         Kernel(
             name="flex_attention",

@@ -198,8 +198,8 @@ def test_compare_a_configuration_with_a_report(written, capsys):
 
 MISTAKES = {
     "architecture": (["configs/debug.yaml", "--arch", "sm_70"], "unknown architecture 'sm_70', did you mean"),
-    "gpu": (["configs/debug.yaml", "--gpu", "h300"], "unknown GPU 'h300', did you mean 'h200'?"),
-    "gpu-of-another-architecture": (["configs/debug.yaml", "--gpu", "a100", "--arch", "sm_90"], "use --arch sm_80"),
+    "unknown-gpu": (["configs/debug.yaml", "--gpu", "h300"], "unknown GPU 'h300', did you mean 'h200'?"),
+    "another-architectures-gpu": (["configs/debug.yaml", "--gpu", "a100", "--arch", "sm_90"], "use --arch sm_80"),
     "dtype": (["configs/debug.yaml", "--dtype", "bf61"], "unknown dtype 'bf61', did you mean 'bf16'?"),
     "layer": (["configs/debug.yaml", "--layer", "lokal"], "did you mean 'local'?"),
     "layer-index": (["configs/debug.yaml", "--layer", "9"], "--layer 9: the model has layers 0 to 3"),
@@ -222,7 +222,7 @@ MISTAKES = {
     "none": ([], "give one configuration, or two with --compare"),
     "config-and-compare": (["configs/debug.yaml", "--compare", "a.json", "b.json"], "give one configuration, or two"),
     "no-such-report": (["--compare", "a.json", "b.json"], "a.json does not exist"),
-    "no-gpu": (["configs/debug.yaml", "--device", "cuda"], "--device cuda needs a GPU"),
+    "no-device": (["configs/debug.yaml", "--device", "cuda"], "--device cuda needs a GPU"),
     "processes": (["configs/debug.yaml", "--processes", "0"], "--processes must be positive, got 0"),
 }
 
