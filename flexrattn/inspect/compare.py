@@ -67,7 +67,7 @@ def _layers(name: str, a: dict[str, Any] | None, b: dict[str, Any] | None) -> li
         title=f"{name} layer: kernels",
         header=(
             *("", "measured ms A", "B", "B / A"),
-            *(name for fact in ("registers", "spilled", "shared", "warps busy") for name in (f"{fact} A", "B")),
+            *(name for fact in ("registers", "spilled", "shared", "occupancy") for name in (f"{fact} A", "B")),
         ),
         rows=_kernels(kernels_a, kernels_b),
     )
@@ -205,7 +205,8 @@ def to_page(a: dict[str, Any], b: dict[str, Any]) -> str:
         pictures.append(masks)
     parts.append(f'<section id="masks"><h2>Masks</h2><div class="side">{"".join(pictures)}</div></section>')
     rooflines = "".join(
-        f"<div><h3>{letter}</h3>{svg.roofline(report, 560, 340)}</div>" for letter, report in (("A", a), ("B", b))
+        f'<div class="half"><h3>{letter}</h3>{svg.roofline(report, 560, 340)}</div>'
+        for letter, report in (("A", a), ("B", b))
     )
     parts.append(f'<section id="roofline"><h2>Rooflines</h2><div class="side">{rooflines}</div></section>')
     parts += [_section(table, f"table-{i}") for i, table in enumerate(tables[1:])]

@@ -14,7 +14,7 @@ from flexrattn.inspect.text import ms, number, percent, si
 _STYLE = """
 :root{--ink:#1d2733;--soft:#5b6878;--line:#dde3ea;--blue:#1f6fb4;--pale:#f5f7f9;--warn:#9a3412}
 *{box-sizing:border-box}
-body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:var(--ink);margin:0 auto;max-width:1180px;
+body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:var(--ink);margin:0 auto;max-width:1240px;
 padding:28px 24px 60px}
 h1{font-size:24px;margin:0 0 4px}h2{font-size:19px;margin:38px 0 8px;padding-top:10px;border-top:2px solid var(--line)}
 h3{font-size:15px;margin:22px 0 6px}p{margin:6px 0}.soft,.legend{color:var(--soft)}
@@ -24,7 +24,7 @@ nav a{margin-right:16px}a{color:var(--blue)}
 .card b{display:block;font-size:19px}.card span{color:var(--soft);font-size:13px}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums;margin:6px 0}
-th,td{padding:3px 9px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th,td{padding:3px 8px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600;background:var(--pale)}th:first-child,td:first-child{text-align:left}
 td.left,th.left{text-align:left}td.name{max-width:330px;overflow:hidden;text-overflow:ellipsis}
 tr.sum td{font-weight:600;background:#fafbfc}tr.all td{font-weight:700;background:var(--pale);border-bottom-width:2px}
@@ -32,7 +32,7 @@ tr.part td:first-child{padding-left:24px}
 td.bad,.bad{color:var(--warn);font-weight:600}td.good{color:#166534}
 .bars{position:relative;display:inline-block;height:9px;vertical-align:middle;text-align:left}
 .bar{position:absolute;left:0;top:0;height:9px;background:#b9d6ef;border-radius:2px}.bar.roof{background:var(--blue)}
-.side{display:flex;flex-wrap:wrap;gap:26px;align-items:flex-start}
+.half{flex:1 1 460px}.side{display:flex;flex-wrap:wrap;gap:26px;align-items:flex-start}
 svg text{font:12px system-ui,sans-serif;fill:var(--soft)}svg text.small{font-size:11px}
 svg .grid{stroke:#e7ebf0}svg .roof{fill:none;stroke:var(--ink);stroke-width:1.8}
 .legend span{margin-right:16px;font-size:13px}

@@ -102,28 +102,32 @@ def set_occupancy(kernel: Kernel, problem: Problem) -> None:
         kernel.waves = programs / (fits.programs * problem.gpu.sms)
 
 
-def scan_kernels_of(
-    problem: Problem, layer: Layer, compile_jobs: Callable[[Any], list[scan.Compiled]], *, with_sass: bool
-) -> tuple[list[Kernel], str]:
-    """The linear branch's kernels of a layer, and why there are none."""
+def begin_scan_kernels(
+    problem: Problem, layer: Layer, compile_jobs: scan.CompileJobs, *, with_sass: bool
+) -> tuple[Callable[[], list[Kernel]], str]:
+    """What waits for the linear branch's kernels of a layer, and why there are none."""
     attention = layer.attention
     if attention.residual is None:
-        return [], "the layer has no linear branch"
-    capability = capability_of(problem.arch)
+        return list, "the layer has no linear branch"
     shape = scan.scan_shape(
         attention,
         batch=problem.batch,
         seq_len=problem.seq_len,
         dtype=problem.torch_dtype,
-        capability=capability,
+        capability=capability_of(problem.arch),
     )
     if reason := scan.why_no_kernels(attention.residual.impl, shape):
-        return [], reason
+        return list, reason
     launches = scan.scan_launches(shape)
     same = scan.different(launches)
     numbers = sorted(set(same.values()))
-    results = dict(zip(numbers, compile_jobs((shape, n, with_sass) for n in numbers), strict=True))
-    return [_scan_kernel(problem, shape, each, results[same[number]]) for number, each in enumerate(launches)], ""
+    wait = compile_jobs([(shape, number, with_sass) for number in numbers])
+
+    def finished() -> list[Kernel]:
+        results = dict(zip(numbers, wait(), strict=True))
+        return [_scan_kernel(problem, shape, each, results[same[i]]) for i, each in enumerate(launches)]
+
+    return finished, ""
 
 
 def _scan_kernel(problem: Problem, shape: scan.ScanShape, each: scan.ScanLaunch, compiled: scan.Compiled) -> Kernel:
@@ -247,16 +251,14 @@ def _rows(picture: Picture) -> list[str]:
     return rows
 
 
-def layer_report(
-    problem: Problem, layer: Layer, compile_jobs: Callable[[Any], list[scan.Compiled]], *, with_sass: bool
-) -> dict[str, Any]:
+def layer_report(problem: Problem, layer: Layer, compile_jobs: scan.CompileJobs, *, with_sass: bool) -> dict[str, Any]:
     """All that is known of a layer without running it."""
+    scan_kernels, no_scan = begin_scan_kernels(problem, layer, compile_jobs, with_sass=with_sass)
     mask, pairs = mask_of(problem, layer)
-    kernels, no_scan = scan_kernels_of(problem, layer, compile_jobs, with_sass=with_sass)
     traced = memory.trace(problem, layer)
     policy = problem.config.activation_checkpoint
     checkpointed = memory.trace(problem, layer, checkpointing=True) if policy is not None else traced
-    kernels += softmax_kernels_of(problem, layer, pairs) + product_kernels_of(problem, traced)
+    kernels = [*scan_kernels(), *softmax_kernels_of(problem, layer, pairs), *product_kernels_of(problem, traced)]
     attention = layer.attention
     return {
         "name": layer.name,

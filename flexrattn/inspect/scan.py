@@ -240,17 +240,26 @@ def compile_one(job: tuple[ScanShape, int, bool]) -> Compiled:
         return Compiled(asm={}, error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
+# Begins to compile (shape, number of the launch, with SASS), and returns what waits for the results.
+CompileJobs = Callable[[Iterable[tuple[ScanShape, int, bool]]], Callable[[], list[Compiled]]]
+
+
 @contextmanager
-def compilers(processes: int) -> Iterator[Callable[[Iterable[tuple[ScanShape, int, bool]]], list[Compiled]]]:
-    """Compile jobs in processes of their own: with one, in this one."""
+def compilers(processes: int) -> Iterator[CompileJobs]:
+    """Compile in processes of their own, while the caller does other things; with one, in this one."""
     if processes <= 1:
-        yield lambda jobs: [compile_one(job) for job in jobs]
+        yield lambda jobs: lambda: [compile_one(job) for job in jobs]
         return
     # Forked from a server that imports torch once; nothing of CUDA is touched in it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "scan_kernels.kernels.resources"])
     with ProcessPoolExecutor(processes, context) as pool:
-        yield lambda jobs: list(pool.map(compile_one, jobs))
+
+        def begin(jobs: Iterable[tuple[ScanShape, int, bool]]) -> Callable[[], list[Compiled]]:
+            running = [pool.submit(compile_one, job) for job in jobs]
+            return lambda: [each.result() for each in running]
+
+        yield begin
 
 
 def different(launches: list[ScanLaunch]) -> dict[int, int]:

@@ -76,7 +76,7 @@ def roofline(report: dict[str, Any], width: int = 760, height: int = 420) -> str
     ridge = gpu["bf16"] / gpu["bandwidth"]
     left, right, top, bottom = 62, width - 12, 14, height - 44
     x_of = _Log(min(*intensity, ridge) / 1.5, max(*intensity, ridge) * 1.5, left, right)
-    y_of = _Log(min(speeds) / 1.5, gpu["bf16"] * 1.4, bottom, top)
+    y_of = _Log(min(*speeds, gpu["bf16"] / 20) / 1.5, gpu["bf16"] * 1.4, bottom, top)
     parts = [_grid(x_of, y_of, left, right, top, bottom)]
     start = max(x_of.low, y_of.low / gpu["bandwidth"])
     roof = [(start, start * gpu["bandwidth"]), (ridge, gpu["bf16"]), (x_of.high, gpu["bf16"])]

@@ -191,12 +191,12 @@ RESOURCE_HEADER = (
     "shared",
     "warps",
     "stages",
-    "programs/SM",
-    "warps busy",
-    "by",
+    "per SM",
+    "occupancy",
+    "limit",
     "waves",
     "tensor cores",
-    "dots off",
+    "off them",
     "loads >=16 B",
 )
 
