@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from flexrattn.inspect import page, svg, text
-from flexrattn.inspect.report import GROUPS, LINEAR, OTHERS, SOFTMAX, Kernel
+from flexrattn.inspect.report import GROUPS, LINEAR, OTHERS, SOFTMAX, Kernel, shortened
 from flexrattn.inspect.text import ms, number, percent, si
 
 
@@ -121,7 +121,7 @@ def _kernels(a: Sequence[Kernel], b: Sequence[Kernel]) -> list[tuple[str, ...]]:
         x, y = left.get(key, empty), right.get(key, empty)
         rows.append(
             (
-                f"{key[0]}: {key[1]}" + (f" ({key[2] + 1})" if key[2] else ""),
+                f"{key[0]}: {shortened(key[1])}" + (f" ({key[2] + 1})" if key[2] else ""),
                 ms(x.measured_s),
                 ms(y.measured_s),
                 ratio(x.measured_s, y.measured_s),
@@ -142,10 +142,8 @@ def _numbered(kernels: Sequence[Kernel]) -> dict[tuple[str, str, int], Kernel]:
     for kernel in kernels:
         if kernel.group not in (LINEAR, SOFTMAX, OTHERS):
             continue
-        # Inductor numbers its kernels, and a softmax kernel is FlexAttention's whatever it is called.
-        name = "flex_attention" if kernel.group == SOFTMAX else kernel.name
-        again = sum(key[:2] == (kernel.phase, name) for key in found)
-        found[kernel.phase, name, again] = kernel
+        again = sum(key[:2] == (kernel.phase, kernel.name) for key in found)
+        found[kernel.phase, kernel.name, again] = kernel
     return found
 
 

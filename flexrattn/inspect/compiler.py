@@ -158,7 +158,8 @@ def _quiet() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class InductorKernel:
-    """A Triton kernel that Inductor generated, as it was launched. nbytes: all tensors of its arguments once."""
+    """A Triton kernel that Inductor generated, as it was launched. nbytes: the tensors of its arguments once, of one
+    that is read by an index no more than is written."""
 
     name: str
     source: str
@@ -178,7 +179,7 @@ def inductor_kernels() -> Iterator[list[InductorKernel]]:
     """Every Triton kernel of Inductor that is launched inside, once each, in order. Compiles anew, past the caches."""
     import torch._functorch.config
     import torch._inductor.config
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner, TritonCompileResult
 
     seen: dict[int, tuple[Any, int, bool]] = {}
     run = CachingAutotuner.run
@@ -186,10 +187,15 @@ def inductor_kernels() -> Iterator[list[InductorKernel]]:
     def recorded(self: Any, *args: Any, **options: Any) -> Any:
         result = run(self, *args, **options)
         if id(self) not in seen:
-            tensors = {x.data_ptr(): x.numel() * x.element_size() for x in args if isinstance(x, Tensor)}
-            sizes = _size_arguments(self)
-            seen[id(self)] = (self, sum(tensors.values()), bool(sizes))
+            seen[id(self)] = (self, argument_bytes(self.fn.arg_names, args, self.fn.src), bool(_size_arguments(self)))
         return result
+
+    make_launcher = TritonCompileResult.make_launcher
+
+    def with_texts(self: Any) -> Any:
+        launcher = make_launcher(self)
+        launcher.texts = self.kernel.asm
+        return launcher
 
     found: list[InductorKernel] = []
     settings = {"fx_graph_cache": False}
@@ -199,9 +205,24 @@ def inductor_kernels() -> Iterator[list[InductorKernel]]:
         torch._inductor.config.patch(settings),
         torch._functorch.config.patch(enable_autograd_cache=False),
         mock.patch.object(CachingAutotuner, "run", recorded),
+        mock.patch.object(TritonCompileResult, "make_launcher", with_texts),
     ):
         yield found
     found.extend(_inductor_kernel(*each) for each in seen.values())
+
+
+def argument_bytes(names: Sequence[str], args: Sequence[Any], source: str) -> int:
+    """Bytes of a generated kernel's tensors, each once. A gather (the bounds of its index are checked) reads no more of
+    a table than it writes."""
+    sizes: dict[int, int] = {}
+    written = 0
+    for name, x in zip(names, args, strict=False):
+        if isinstance(x, Tensor):
+            sizes[x.data_ptr()] = x.numel() * x.element_size()
+            written += sizes[x.data_ptr()] if "out_ptr" in name else 0
+    if "index out of bounds" in source and written:
+        sizes = {pointer: min(size, written) for pointer, size in sizes.items()}
+    return sum(sizes.values())
 
 
 def _size_arguments(kernel: Any) -> list[str]:
@@ -216,15 +237,11 @@ _CONSTANT = re.compile(r"^\s*(\w+)\s*:\s*tl\.constexpr\s*=\s*(.+?)\s*$", re.M)
 def _inductor_kernel(kernel: Any, nbytes: int, dynamic: bool) -> InductorKernel:
     launcher = kernel.launchers[0] if kernel.launchers else None
     config = getattr(launcher, "config", None)
-    binary = getattr(launcher, "bin", None)
+    texts = getattr(launcher, "texts", {})
     source = getattr(kernel.fn, "src", "") or ""
     constants: dict[str, Any] = {name: _plain(value) for name, value in _CONSTANT.findall(source)}
     constants |= dict(getattr(config, "kwargs", {}) or {})
-    asm = {}
-    texts = getattr(binary, "asm", None)
-    for stage in ("ttir", "ttgir", "ptx"):
-        with contextlib.suppress(KeyError, TypeError):
-            asm[stage] = texts[stage]  # type: ignore[index]
+    asm = {stage: texts[stage] for stage in ("ttir", "ttgir", "ptx") if stage in texts}
     return InductorKernel(
         name=str(kernel.inductor_meta.get("kernel_name") or kernel.fn.__name__),
         source=source,
@@ -233,16 +250,11 @@ def _inductor_kernel(kernel: Any, nbytes: int, dynamic: bool) -> InductorKernel:
         stages=getattr(config, "num_stages", None),
         registers=getattr(launcher, "n_regs", None),
         spilled=getattr(launcher, "n_spills", None),
-        shared=_shared(launcher, binary),
+        shared=getattr(launcher, "shared", None),
         asm=asm,
         nbytes=nbytes,
         dynamic=dynamic,
     )
-
-
-def _shared(launcher: Any, binary: Any) -> int | None:
-    shared = getattr(launcher, "shared", None)
-    return getattr(getattr(binary, "metadata", None), "shared", None) if shared is None else shared
 
 
 def _plain(text: str) -> Any:

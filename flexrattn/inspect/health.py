@@ -138,7 +138,7 @@ def host_syncs(device: str = "cuda") -> Iterator[list[Event]]:
     lock = threading.Lock()
 
     def note(message: Any, *_: Any, **__: Any) -> None:
-        if "synchroniz" not in str(message).lower():
+        if "called a synchronizing" not in str(message):
             return
         with lock:
             found.append(Event(where=own_frame(traceback.extract_stack()[:-1]), why=str(message).splitlines()[0]))

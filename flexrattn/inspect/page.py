@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from flexrattn.inspect import svg, text
-from flexrattn.inspect.report import GROUPS, PRODUCTS, Kernel
+from flexrattn.inspect.report import GROUPS, PRODUCTS, SOFTMAX, Kernel, shortened
 from flexrattn.inspect.text import ms, number, percent, si
 
 _STYLE = """
@@ -19,7 +19,7 @@ padding:28px 24px 60px}
 h1{font-size:24px;margin:0 0 4px}h2{font-size:19px;margin:38px 0 8px;padding-top:10px;border-top:2px solid var(--line)}
 h3{font-size:15px;margin:22px 0 6px}p{margin:6px 0}.soft,.legend{color:var(--soft)}
 nav a{margin-right:16px}a{color:var(--blue)}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:10px;margin:16px 0}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:16px 0}
 .card{background:var(--pale);border:1px solid var(--line);border-radius:8px;padding:10px 12px}
 .card b{display:block;font-size:19px}.card span{color:var(--soft);font-size:13px}
 .scroll{overflow-x:auto}
@@ -157,7 +157,7 @@ def _layer(report: dict[str, Any], layer: dict[str, Any], embed: Sequence[str]) 
     if compiled:
         parts.append(f"<h3>Resources</h3>{_resources(compiled)}")
     if layer["flex"] is not None:
-        parts.append(f"<h3>FlexAttention</h3>{_flex(layer['flex'])}")
+        parts.append(f"<h3>FlexAttention</h3>{_flex(layer['flex'], layer['kernels'])}")
     told = [kernel for kernel in layer["kernels"] if kernel.sources or kernel.dots]
     if told:
         parts.append(f"<h3>Kernels</h3>{''.join(_kernel(kernel, embed) for kernel in told)}")
@@ -188,8 +188,7 @@ def _mask(mask: dict[str, Any]) -> str:
 
 
 def _named(name: str) -> str:
-    shown = name if len(name) <= 54 else f"{name[:51]}..."
-    return f'<span title="{escape(name)}">{escape(shown)}</span>'
+    return f'<span title="{escape(name)}">{escape(shortened(name))}</span>'
 
 
 def _work(kernels: Sequence[Kernel]) -> str:
@@ -228,15 +227,18 @@ def _resources(kernels: Sequence[Kernel]) -> str:
     return _shown(text.RESOURCE_HEADER, rows, left=("tensor cores",))
 
 
-def _flex(flex: dict[str, Any]) -> str:
+def _flex(flex: dict[str, Any], kernels: Sequence[Kernel]) -> str:
     shapes = (
         '<span class="bad">dynamic: 26-38 % slower than static ones (docs/kernels.md)</span>'
         if flex["dynamic"]
         else "static"
     )
+    chosen = "".join(
+        f"<li>{kernel.phase}: {escape(text.flex_options(kernel))}</li>" for kernel in kernels if kernel.group == SOFTMAX
+    )
     return (
-        f"<p>Shapes: {shapes}. Compiled {flex['compiles']} times, {len(flex['recompiles'])} recompilations.</p>"
-        f"{_events(flex['recompiles'])}"
+        f"<p>Shapes: {shapes}. {flex['compiles']} graph(s), {len(flex['recompiles'])} recompilations.</p>"
+        f"<ul>{chosen}</ul>{_events(flex['recompiles'])}"
     )
 
 
@@ -246,7 +248,7 @@ def _events(events: Sequence[dict[str, str]]) -> str:
 
 
 def _kernel(kernel: Kernel, embed: Sequence[str]) -> str:
-    head = f"{kernel.phase}: {kernel.name}"
+    head = f"{kernel.phase}: {shortened(kernel.name, 110)}"
     facts = []
     if kernel.grid:
         facts.append(("grid", " x ".join(map(str, kernel.grid))))

@@ -28,6 +28,11 @@ LINEAR, SOFTMAX, PRODUCTS, OTHERS = "linear branch", "softmax branch", "matrix p
 GROUPS = (LINEAR, SOFTMAX, PRODUCTS, OTHERS)
 
 
+def shortened(name: str, most: int = 52) -> str:
+    """With its middle left out where it is long: generated names are told apart by their beginnings and ends."""
+    return name if len(name) <= most else f"{name[: most * 2 // 3]}...{name[-(most - most * 2 // 3 - 3) :]}"
+
+
 @dataclass(kw_only=True)
 class Kernel:
     """A kernel of one layer in one step. Sizes and work are those of all its `launches` together."""
@@ -337,7 +342,8 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
         if layer["no_scan_kernels"] and "no linear branch" not in layer["no_scan_kernels"]:
             found.append(f"{layer['name']}: no kernels of the linear branch, {layer['no_scan_kernels']}")
         for kernel in layer["kernels"]:
-            found += [f"{layer['name']}, {kernel.name}: {text}" for text in _kernel_warnings(kernel)]
+            name = f"{layer['name']}, {kernel.phase}, {shortened(kernel.name)}"
+            found += [f"{name}: {text}" for text in _kernel_warnings(kernel)]
     return list(dict.fromkeys(found))
 
 

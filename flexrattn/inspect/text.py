@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from flexrattn.inspect.report import GROUPS, PRODUCTS, Kernel
+from flexrattn.inspect.report import GROUPS, LINEAR, SOFTMAX, Kernel, shortened
 
 _CELLS = {"0": "··", "1": "▒▒", "2": "██"}
 _ASCII = {"0": "..", "1": "::", "2": "##"}
@@ -103,13 +103,13 @@ def _layer(layer: dict[str, Any], encoding: str) -> list[str]:
         lines += ["", *mask_lines(layer["mask"], encoding)]
     kernels = layer["kernels"]
     lines += ["", *_work(kernels)]
-    compiled = [kernel for kernel in kernels if kernel.registers is not None]
+    compiled = [kernel for kernel in kernels if kernel.shared is not None and kernel.group in (LINEAR, SOFTMAX)]
     if compiled:
         lines += ["", *_resources(compiled)]
     if layer["no_scan_kernels"]:
         lines += ["", f"No kernels of the linear branch: {layer['no_scan_kernels']}."]
     if layer["flex"] is not None:
-        lines += ["", *flex_lines(layer["flex"])]
+        lines += ["", *flex_lines(layer["flex"], kernels)]
     return lines
 
 
@@ -160,7 +160,9 @@ def totals(kernels: Sequence[Kernel]) -> Kernel:
         values = [value for kernel in kernels if (value := getattr(kernel, name)) is not None]
         return sum(values) if values else None
 
-    whole = Kernel(name="", group="", phase="", launches=sum(kernel.launches for kernel in kernels))
+    # Measured matrix products are listed by shape and by kernel.
+    launched = [kernel for kernel in kernels if kernel.measured_s is not None] or kernels
+    whole = Kernel(name="", group="", phase="", launches=sum(kernel.launches for kernel in launched))
     whole.flops, whole.bytes = add("flops"), add("bytes")
     whole.roofline_s, whole.measured_s = add("roofline_s"), add("measured_s")
     if whole.measured_s and whole.roofline_s is not None:
@@ -175,8 +177,9 @@ def _work(kernels: Sequence[Kernel]) -> list[str]:
             own = [kernel for kernel in kernels if (kernel.phase, kernel.group) == (phase, group)]
             if not own:
                 continue
-            if group != PRODUCTS or len(own) <= 3:
-                rows += [("  " + work_row(kernel)[0], *work_row(kernel)[1:]) for kernel in own]
+            # The page lists all; of products and generated kernels there are dozens.
+            if group in (LINEAR, SOFTMAX):
+                rows += [("  " + shortened(kernel.name), *work_row(kernel)[1:]) for kernel in own]
             whole = totals(own)
             rows.append((f"{phase}, {group}", *work_row(whole)[1:]))
         whole = totals([kernel for kernel in kernels if kernel.phase == phase])
@@ -204,8 +207,9 @@ RESOURCE_HEADER = (
 def resource_row(kernel: Kernel) -> tuple[str, ...]:
     off = sum(not dot["tensor_cores"] for dot in kernel.dots)
     loads = sum(kernel.loads.values()) + kernel.bulk_loads
+    none = "none" if loads else "-"  # without loads its code was not read
     return (
-        kernel.name,
+        shortened(kernel.name),
         number(kernel.registers),
         number(kernel.spilled),
         number(kernel.shared),
@@ -215,7 +219,7 @@ def resource_row(kernel: Kernel) -> tuple[str, ...]:
         percent(kernel.warps_share),
         kernel.occupancy_limit or "-",
         "-" if kernel.waves is None else f"{kernel.waves:.1f}",
-        ", ".join(f"{n} {name.removesuffix('.mma_async')}" for name, n in kernel.tensor_cores.items()) or "none",
+        ", ".join(f"{n} {name.removesuffix('.mma_async')}" for name, n in kernel.tensor_cores.items()) or none,
         f"{off} of {len(kernel.dots)}" if kernel.dots else "-",
         f"{wide_loads(kernel)} of {loads}" if loads else "-",
     )
@@ -229,13 +233,21 @@ def _resources(kernels: Sequence[Kernel]) -> list[str]:
     return table(*without_empty(RESOURCE_HEADER, [resource_row(kernel) for kernel in kernels]))
 
 
-def flex_lines(flex: dict[str, Any]) -> list[str]:
+def flex_lines(flex: dict[str, Any], kernels: Sequence[Kernel]) -> list[str]:
     shapes = "dynamic: slower by 26-38 %" if flex["dynamic"] else "static"
-    lines = [
-        f"FlexAttention: shapes {shapes}; compiled {flex['compiles']} times, {len(flex['recompiles'])} recompilations"
-    ]
+    lines = [f"FlexAttention: shapes {shapes}; {flex['compiles']} graph(s), {len(flex['recompiles'])} recompilations"]
+    lines += [f"  {kernel.phase}: {flex_options(kernel)}" for kernel in kernels if kernel.group == SOFTMAX]
     lines += [f"  recompiled at {event['where']}: {event['why']}" for event in flex["recompiles"]]
     return lines
+
+
+def flex_options(kernel: Kernel) -> str:
+    """What was chosen for a FlexAttention kernel: "BLOCK_M 128, BLOCK_N 64, 8 warps, 3 stages"."""
+    wanted = [
+        name for name in kernel.options if name.startswith(("BLOCK_M", "BLOCK_N", "SPARSE_")) and "MULT" not in name
+    ]
+    blocks = [f"{name} {kernel.options[name]}" for name in wanted if isinstance(kernel.options[name], int)]
+    return ", ".join([*blocks, f"{number(kernel.warps)} warps", f"{number(kernel.stages)} stages"])
 
 
 def memory_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:

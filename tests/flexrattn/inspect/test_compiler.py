@@ -113,3 +113,13 @@ def test_tracing_leaves_nothing_behind():
     with pytest.raises(ValueError, match="only supported on"):
         flex_attention._validate_device(x, x, x)
     assert scan_kernels.api.refusal(x, x, x)
+
+
+def test_bytes_of_a_generated_kernels_arguments():
+    table, index, out = torch.empty(1000, 4), torch.empty(8, dtype=torch.int64), torch.empty(8, 4)
+    names = ("in_ptr0", "in_ptr1", "out_ptr0", "xnumel", "XBLOCK")
+    args = (table, index, out, 32)
+    assert compiler.argument_bytes(names, args, "") == 16000 + 64 + 128
+    gather = 'tl.device_assert((0 <= tmp0) & (tmp0 < 1000), "index out of bounds: 0 <= tmp0 < 1000")'
+    assert compiler.argument_bytes(names, args, gather) == 128 + 64 + 128
+    assert compiler.argument_bytes(("in_out_ptr0", "in_ptr0"), (out, out), "") == 128

@@ -100,7 +100,7 @@ def test_what_was_launched_is_given_to_its_kernels(problem):
     assert assign(problem, found, list(ORDER)) == []
     totals, states, scan, flex, *others = found
     assert [k.measured_s for k in (totals, states, scan, flex)] == [1e-3, 4e-3, 3e-3, 7e-3]
-    assert (flex.name, flex.registers, flex.warps, flex.options["BLOCK_M"]) == (FLEX.name, 100, 4, 128)
+    assert (flex.options["called"], flex.registers, flex.warps, flex.options["BLOCK_M"]) == (FLEX.name, 100, 4, 128)
     assert flex.programs_per_sm
     fused, product = sorted(others, key=lambda kernel: kernel.group)[::-1][0], others[1]
     assert {fused.group, product.group} == {OTHERS, PRODUCTS}
