@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Never
 
+import torch
+
 from flexrattn.inspect import compare, scan
 from flexrattn.inspect import report as reports
 from flexrattn.inspect.gpus import GPUS, LIMITS
@@ -93,6 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         parser.error(str(error) or type(error).__name__)
+    except torch.OutOfMemoryError as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        parser.error(f"the GPU's memory is too small for these shapes, use a smaller --batch or --seq-len: {error}")
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

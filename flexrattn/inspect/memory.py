@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from flexrattn.activation_checkpoint import with_linear_branch
-from flexrattn.inspect import compiler
+from flexrattn.inspect import compiler, scan
 from flexrattn.inspect.compiler import Matmul
+from flexrattn.inspect.gpus import capability_of
 from flexrattn.inspect.problem import Layer, Problem
 from score_mods import MaskMod, all_of, build_block_mask, dense_mask, document
 
@@ -27,8 +28,9 @@ class Traced:
 def trace(problem: Problem, layer: Layer, *, checkpointing: bool = False) -> Traced:
     """Of one block in the problem's dtype; `checkpointing`: under the configuration's policy."""
     mask = problem.mask(layer, whole=False) if layer.attention.has_softmax else None
+    impl = _kernels_impl(problem, layer)
     graphs = compiler.trace_layer(
-        lambda: make_block(problem, layer, device="meta", checkpointing=checkpointing, impl=_kernels_impl(layer)),
+        lambda: make_block(problem, layer, device="meta", checkpointing=checkpointing, impl=impl),
         lambda: block_inputs(problem, layer, mask, device="meta"),
     )
     return Traced(
@@ -38,10 +40,23 @@ def trace(problem: Problem, layer: Layer, *, checkpointing: bool = False) -> Tra
     )
 
 
-def _kernels_impl(layer: Layer) -> str | None:
-    """On a GPU "auto" takes the kernels; where it would not, the layer's own choice is traced as it is."""
+def _kernels_impl(problem: Problem, layer: Layer) -> str | None:
+    """What "auto" takes on a GPU; None leaves the layer as it is."""
     residual = layer.attention.residual
-    return "triton" if residual is not None and residual.impl == "auto" else None
+    if residual is None or residual.impl != "auto":
+        return None
+    return "torch" if scan.why_no_kernels("auto", scan_shape_of(problem, layer)) else "triton"
+
+
+def scan_shape_of(problem: Problem, layer: Layer) -> scan.ScanShape:
+    """The call of a layer's linear branch."""
+    return scan.scan_shape(
+        layer.attention,
+        batch=problem.batch,
+        seq_len=problem.seq_len,
+        dtype=problem.torch_dtype,
+        capability=capability_of(problem.arch),
+    )
 
 
 def make_block(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexrattn.attention import RAttention
-from flexrattn.inspect.gpus import DEFAULT_GPU, GPU, GPUS, choose_arch, choose_gpu, find_gpu
+from flexrattn.inspect.gpus import DEFAULT_GPU, GPU, GPUS, LIMITS, choose_arch, choose_gpu, find_gpu
 from flexrattn.model import describe_layer
 from flexrattn.suggest import choose
 from flexrattn.yaml_config import YamlConfigManager
@@ -148,8 +148,12 @@ def _hardware(arch: str | None, gpu: str | None, device: str) -> tuple[str, GPU,
     if there:
         major, minor = torch.cuda.get_device_capability()
         here, name = f"sm_{10 * major + minor}", torch.cuda.get_device_name()
+        if here not in LIMITS and wanted is None:
+            raise ValueError(
+                f"{name} is {here}, and the kernels are made for {', '.join(LIMITS)}: name one with --arch, which "
+                "compiles for it and runs nothing"
+            )
         if wanted is None or wanted == here:
-            here = choose_arch(here)
             found = find_gpu(name, here)
             if gpu is not None:
                 found = choose_gpu(gpu, here)

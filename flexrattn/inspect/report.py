@@ -18,7 +18,7 @@ import torch
 
 from flexrattn.inspect import binary, memory, scan
 from flexrattn.inspect.compiler import Matmul
-from flexrattn.inspect.gpus import GPU, capability_of, occupancy
+from flexrattn.inspect.gpus import GPU, occupancy
 from flexrattn.inspect.problem import Layer, Problem
 from flexrattn.model import RAttentionModel
 from score_mods.show import Picture, look_at
@@ -114,13 +114,7 @@ def begin_scan_kernels(
     attention = layer.attention
     if attention.residual is None:
         return list, "the layer has no linear branch"
-    shape = scan.scan_shape(
-        attention,
-        batch=problem.batch,
-        seq_len=problem.seq_len,
-        dtype=problem.torch_dtype,
-        capability=capability_of(problem.arch),
-    )
+    shape = memory.scan_shape_of(problem, layer)
     if reason := scan.why_no_kernels(attention.residual.impl, shape):
         return list, reason
     launches = scan.scan_launches(shape)

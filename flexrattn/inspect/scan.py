@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -60,6 +61,8 @@ def scan_shape(attention: Any, *, batch: int, seq_len: int, dtype: torch.dtype, 
 def why_no_kernels(impl: str, shape: ScanShape) -> str:
     """Why this branch launches none of them on a GPU of their architectures; "" if it does."""
     reason = ""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("the kernels of the linear branch are compiled by the package triton: pip install triton")
     if shape.dtype not in DTYPES:
         reason = f"the kernels take bf16, fp16 and fp32, not {shape.dtype}"
     elif shape.D not in WIDTHS:

@@ -57,3 +57,15 @@ def test_products_are_those_of_the_weights():
     traced = memory.trace(made, layer)
     assert sum(m.flops for m in traced.forward) == 2 * weights * 2 * 256
     assert sum(m.flops for m in traced.backward) == 4 * weights * 2 * 256
+
+
+def test_a_layer_is_traced_as_it_runs_on_a_gpu():
+    """By the kernels, or by torch operations where "auto" takes those; an explicit choice stays."""
+
+    def impl(*flags: str) -> str | None:
+        made = problem("configs/debug.yaml", *flags, layers=["local"])
+        return memory._kernels_impl(made, made.layers[0])
+
+    assert impl() == "triton"
+    assert impl("--recipe_args.model.head_dim", "48") == "torch"
+    assert impl("--recipe_args.scan_impl", "torch") is None
