@@ -43,10 +43,11 @@ details>div{padding:2px 12px 8px}
 pre{font:12px/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;background:var(--pale);margin:0;padding:10px;
 overflow:auto;max-height:560px}
 ul{margin:6px 0;padding-left:22px}
-@media print{body{max-width:none;padding:0;font-size:11px}h2{break-after:avoid}table,svg,.card{break-inside:avoid}
+@media print{body{max-width:none;padding:0;font-size:11px}h2,h3{break-after:avoid}svg,tr,.card,.side{break-inside:avoid}
+h2{margin-top:18px}section[id^=layer]{break-before:page}
 .scroll{overflow:visible}table{font-size:8.5px}th,td{padding:1px 4px}td.name{max-width:210px}nav,pre{display:none}
-details{border:0}.bars{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.cards{grid-template-columns:repeat(5,1fr)}svg,tr,.card{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+details{border:0}details:not([open]),.kernels:not(:has(>details[open])){display:none}
+.cards{grid-template-columns:repeat(4,1fr)}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 @page{size:A4 landscape;margin:12mm}}
 """
 
@@ -160,7 +161,8 @@ def _layer(report: dict[str, Any], layer: dict[str, Any], embed: Sequence[str]) 
         parts.append(f"<h3>FlexAttention</h3>{_flex(layer['flex'], layer['kernels'])}")
     told = [kernel for kernel in layer["kernels"] if kernel.sources or kernel.dots]
     if told:
-        parts.append(f"<h3>Kernels</h3>{''.join(_kernel(kernel, embed) for kernel in told)}")
+        shown = "".join(_kernel(kernel, embed) for kernel in told)
+        parts.append(f'<div class="kernels"><h3>Kernels</h3>{shown}</div>')
     return _section(_id(layer), f"{layer['name'].capitalize()} layer {layer['index']}", "".join(parts))
 
 
