@@ -15,8 +15,9 @@ from typing import Any, Never
 
 import torch
 
-from flexrattn.inspect import compare, scan
+from flexrattn.inspect import compare, device, health, memory, scan
 from flexrattn.inspect import report as reports
+from flexrattn.inspect.compiler import NotOneGraph
 from flexrattn.inspect.gpus import GPUS, LIMITS
 from flexrattn.inspect.page import page
 from flexrattn.inspect.paths import without_paths
@@ -79,26 +80,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     mine, flags = _split(sys.argv[1:] if arguments is None else arguments)
     given, rest = parser.parse_known_args(mine)
+    started = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - started:4.0f} s  {text}", file=sys.stderr, flush=True)
+
     try:
-        if rest:
-            _refuse(parser, rest)
-        if (given.config is None) == (given.compare is None):
-            raise ValueError("give one configuration, or two with --compare (python -m flexrattn.inspect --help)")
-        if given.processes < 1:
-            raise ValueError(f"--processes must be positive, got {given.processes}")
-        if given.out is not None and given.out.exists() and not given.out.is_dir():
-            raise ValueError(f"--out {given.out} is a file: name a folder")
-        if given.compare is not None:
-            return _compare(given, flags)
-        return _inspect(given, flags)
+        # What is wrong here is the user's; what goes wrong behind it keeps its traceback, but for the two below.
+        _check(given, rest)
+        sources = [_source(name, given, flags) for name in given.compare or [given.config]]
     except (ValueError, OSError, NotImplementedError, AssertionError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         parser.error(str(error) or type(error).__name__)
+    try:
+        made = [
+            make_report(source, processes=given.processes, with_sass=given.sass, say=say)
+            if isinstance(source, Problem)
+            else source
+            for source in sources
+        ]
+    except NotOneGraph as error:
+        parser.error(f"a layer cannot be compiled as one graph: {error}")
     except torch.OutOfMemoryError as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
-            raise
         parser.error(f"the GPU's memory is too small for these shapes, use a smaller --batch or --seq-len: {error}")
+    shown = compare.to_text(*made) if given.compare else to_text(made[0], encoding=_encoding())
+    print(shown)
+    if given.out is not None:
+        written = _write_both(made[0], made[1], given.out) if given.compare else _write(made[0], given.out, given.embed)
+        print(f"\n{written}")
+    say("done")
+    return 0
+
+
+def _check(given: argparse.Namespace, rest: Sequence[str]) -> None:
+    if rest:
+        _refuse(rest)
+    if (given.config is None) == (given.compare is None):
+        raise ValueError("give one configuration, or two with --compare (python -m flexrattn.inspect --help)")
+    if given.processes < 1:
+        raise ValueError(f"--processes must be positive, got {given.processes}")
+    if given.out is not None and given.out.exists() and not given.out.is_dir():
+        raise ValueError(f"--out {given.out} is a file: name a folder")
+
+
+def _source(name: str, given: argparse.Namespace, flags: Sequence[str]) -> Problem | dict[str, Any]:
+    """A configuration, or for --compare a report that was saved."""
+    return _saved(name) if given.compare and name.endswith(".json") else _load(name, given, flags)
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -120,8 +148,8 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return mine, theirs
 
 
-def _refuse(parser: argparse.ArgumentParser, rest: Sequence[str]) -> None:
-    known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+def _refuse(rest: Sequence[str]) -> None:
+    known = [name for action in _parser()._actions for name in action.option_strings if name.startswith("--")]
     for flag in rest:
         if flag.startswith("-"):
             raise ValueError(f"unknown flag {flag}{did_you_mean(flag, known)}; known: {', '.join(known)}")
@@ -138,7 +166,7 @@ def _documents(text: str | None) -> list[int] | None:
 
 
 def _load(source: str, given: argparse.Namespace, flags: Sequence[str]) -> Problem:
-    return load(
+    problem = load(
         source,
         flags,
         layers=given.layer,
@@ -150,6 +178,10 @@ def _load(source: str, given: argparse.Namespace, flags: Sequence[str]) -> Probl
         gpu=given.gpu,
         device=given.device,
     )
+    for layer in problem.layers:
+        if layer.attention.residual is not None:
+            scan.why_no_kernels(layer.attention.residual.impl, memory.scan_shape_of(problem, layer))
+    return problem
 
 
 def make_report(
@@ -159,8 +191,6 @@ def make_report(
     unexpected: list[str] = []
     with scan.compilers(processes) as compile_jobs:
         if problem.on_device:
-            from flexrattn.inspect import device, health
-
             say("measuring what this GPU reaches")
             problem = dataclasses.replace(problem, gpu=device.ceilings(problem.gpu))
         made = reports.head_of(problem)
@@ -174,27 +204,12 @@ def make_report(
                 odd = device.measure_layer(problem, layer, found, problem.gpu)
                 unexpected += [f"{layer.name}, {text}" for text in odd]
     made["health"] = None
-    if problem.on_device:
+    if problem.on_device and problem.dtype in health.DTYPES:
         say("a training step")
         made["health"] = health.watch_step(problem)
     made["memory"] = reports.model_memory(made["layers"], len(problem.model.layers))
     made["warnings"] = unexpected + reports.warnings_of(made)
     return made
-
-
-def _inspect(given: argparse.Namespace, flags: Sequence[str]) -> int:
-    started = time.perf_counter()
-    problem = _load(given.config, given, flags)
-
-    def say(text: str) -> None:
-        print(f"{time.perf_counter() - started:4.0f} s  {text}", file=sys.stderr, flush=True)
-
-    made = make_report(problem, processes=given.processes, with_sass=given.sass, say=say)
-    print(to_text(made, encoding=_encoding()))
-    if given.out is not None:
-        print(f"\n{_write(made, given.out, given.embed)}")
-    say("done")
-    return 0
 
 
 def _encoding() -> str:
@@ -220,28 +235,11 @@ def _write(made: dict[str, Any], out: Path, embed: Sequence[str]) -> str:
     return f"{out / 'report.html'}, {out / 'report.json'}, texts of the kernels in {out / 'kernels'}"
 
 
-def _compare(given: argparse.Namespace, flags: Sequence[str]) -> int:
-    started = time.perf_counter()
-
-    def say(text: str) -> None:
-        print(f"{time.perf_counter() - started:4.0f} s  {text}", file=sys.stderr, flush=True)
-
-    # Both are read before either is worked on.
-    sources = [_saved(name) if name.endswith(".json") else _load(name, given, flags) for name in given.compare]
-    a, b = (
-        make_report(source, processes=given.processes, with_sass=given.sass, say=say)
-        if isinstance(source, Problem)
-        else source
-        for source in sources
-    )
-    print(compare.to_text(a, b))
-    if given.out is not None:
-        given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "compare.html").write_text(compare.to_page(a, b))
-        (given.out / "compare.json").write_text(json.dumps([reports.to_json(x) for x in (a, b)], indent=1) + "\n")
-        print(f"\n{given.out / 'compare.html'}, {given.out / 'compare.json'}")
-    say("done")
-    return 0
+def _write_both(a: dict[str, Any], b: dict[str, Any], out: Path) -> str:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "compare.html").write_text(compare.to_page(a, b))
+    (out / "compare.json").write_text(json.dumps([reports.to_json(x) for x in (a, b)], indent=1) + "\n")
+    return f"{out / 'compare.html'}, {out / 'compare.json'}"
 
 
 def _saved(name: str) -> dict[str, Any]:

@@ -39,12 +39,17 @@ class SplitGraphs:
     backward: Any
 
 
+class NotOneGraph(ValueError):
+    """A layer that torch.compile(fullgraph=True) does not take, with the place in the source."""
+
+
 def trace_layer(make: Callable[[], torch.nn.Module], inputs: Callable[[], Sequence[Any]]) -> SplitGraphs:
     """The graphs of make()(*inputs()), traced on the meta device: no GPU and no memory.
 
-    Split as Inductor splits them: what is cheap is computed again in the backward.
+    Split as Inductor splits them: what is cheap is computed again in the backward. Raises NotOneGraph.
     """
     from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.exc import TorchDynamoException
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     found: list[SplitGraphs] = []
@@ -62,6 +67,9 @@ def trace_layer(make: Callable[[], torch.nn.Module], inputs: Callable[[], Sequen
         with _as_on_a_gpu():
             module, arguments = make(), inputs()
             torch.compile(module, backend=backend, fullgraph=True, dynamic=False)(*arguments)
+    except TorchDynamoException as error:
+        text = str(error)
+        raise NotOneGraph(f"{_reason(text)} (at {_last_place(text) or 'no line that is known'})") from error
     finally:
         torch.compiler.reset()
     (graphs,) = found
@@ -336,7 +344,7 @@ def _last_place(text: str) -> str:
 
 
 def _reason(text: str) -> str:
-    text = re.split(r"User (?:code|stack) trace", without_paths(text))[0]
+    text = re.split(r"User (?:code|stack) trace|\n *Developer debug|from user code:", without_paths(text))[0]
     lines = [line.strip(" -\t") for line in text.splitlines()]
     wanted = [line for line in lines if line and not line.startswith(("File ", "Set TORCH"))]
     return " ".join(wanted)[:600]

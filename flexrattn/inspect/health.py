@@ -29,6 +29,8 @@ from flexrattn.inspect.paths import without_paths
 from flexrattn.inspect.problem import Problem
 
 WARM_UP_STEPS = 2
+# What torchtitan's mixed precision computes in.
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def watch_step(problem: Problem, device: str = "cuda") -> dict[str, Any]:
@@ -68,9 +70,6 @@ def short_config(problem: Problem, folder: Path) -> Any:
         "context_parallel_degree": 1,
         "expert_parallel_degree": 1,
     }
-    names = {"bf16": "bfloat16", "fp32": "float32"}
-    if problem.dtype not in names:
-        raise ValueError(f"a training step is bf16 or fp32 (training.mixed_precision_param), not {problem.dtype}")
     fields = {field.name for field in dataclasses.fields(config.parallelism)}
     return dataclasses.replace(
         config,
@@ -86,7 +85,7 @@ def short_config(problem: Problem, folder: Path) -> Any:
             seq_len=problem.seq_len,
             local_batch_size=problem.batch,
             global_batch_size=-1,
-            mixed_precision_param=names[problem.dtype],
+            mixed_precision_param=DTYPES[problem.dtype],
         ),
         parallelism=dataclasses.replace(
             config.parallelism, **{name: degree for name, degree in one.items() if name in fields}

@@ -311,7 +311,7 @@ def _memory(report: dict[str, Any]) -> str:
 
 def _health(health: dict[str, Any] | None) -> str:
     if health is None:
-        return "<p>Not looked at: it takes a GPU.</p>"
+        return "<p>Not looked at: it takes a GPU, and bf16 or fp32.</p>"
     rows = []
     parts = []
     for kind, told in (

@@ -276,7 +276,7 @@ def _memory(report: dict[str, Any]) -> list[str]:
 
 def health_lines(health: dict[str, Any] | None) -> list[str]:
     if health is None:
-        return ["Graph health: not looked at (it takes a GPU)."]
+        return ["Graph health: not looked at (it takes a GPU, and bf16 or fp32)."]
     lines = [
         f"Graph health, {health['what']}: {len(health['graph_breaks'])} graph breaks, {len(health['host_syncs'])} host "
         f"syncs, {len(health['recompiles'])} recompilations; {health['graphs']} graphs compiled before"

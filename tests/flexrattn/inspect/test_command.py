@@ -10,11 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from flexrattn.inspect import command
+from flexrattn.inspect.page import page as page_of
 from flexrattn.inspect.report import Kernel, from_json, to_json
+from flexrattn.inspect.text import to_text
 
 SECTIONS = ("roofline", "layer-0", "layer-3", "memory", "health", "gpu")
 QUICK = ("--processes", "1", "--device", "cpu")
@@ -152,7 +155,7 @@ def test_the_terminal_shows_the_report(capsys):
         "backward, all",
         "kept to the backward",
         'No kernels of the linear branch: scan_impl "torch" uses torch operations.',
-        "Graph health: not looked at (it takes a GPU).",
+        "Graph health: not looked at (it takes a GPU, and bf16 or fp32).",
         "Look at",
         '  - local: no kernels of the linear branch, scan_impl "torch" uses torch operations',
     ):
@@ -240,6 +243,28 @@ def test_mistakes_are_one_line(arguments, said, capsys, monkeypatch):
     assert "Traceback" not in err
 
 
+def breaking():
+    """A mask that no graph goes through."""
+
+    def keep(b, h, q_idx, kv_idx):
+        torch._dynamo.graph_break()  # here
+        return kv_idx <= q_idx
+
+    return keep
+
+
+def test_a_layer_with_a_graph_break_is_one_line_with_its_place(capsys):
+    mask = ("--recipe_args.global_mask", "tests.flexrattn.inspect.test_command:breaking", "--layer", "global")
+    with pytest.raises(SystemExit) as stop:
+        command.main(["configs/debug.yaml", *QUICK, *mask])
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    with open(__file__) as file:
+        number = next(i for i, text in enumerate(file, 1) if text.rstrip().endswith("graph_break()  # here"))
+    assert "cannot be compiled as one graph" in line
+    assert f"(at tests/flexrattn/inspect/test_command.py:{number})" in line
+
+
 def test_reports_of_another_schema_are_refused(tmp_path, capsys, report):
     for name, content in (("a", {**report, "schema": 0}), ("b", [1]), ("c", None)):
         path = tmp_path / f"{name}.json"
@@ -286,3 +311,38 @@ def test_a_browser_renders_the_page(written, tmp_path):
     assert picture.stat().st_size > 30_000  # a blank page of that size takes 6 KB
     assert printed.read_bytes()[:5] == b"%PDF-"
     assert printed.read_bytes().count(b"/Type /Page\n") >= 2
+
+
+def test_what_a_gpu_adds_is_shown(report):
+    """A report with measured numbers, made up here, as text and as a page."""
+    made = from_json(json.loads(json.dumps(report)), "report.json")
+    local = made["layers"][0]
+    for kernel in local["kernels"]:
+        kernel.measured_s = 2 * (kernel.roofline_s or 1e-6)
+        kernel.share = 0.5
+    flex = next(kernel for kernel in local["kernels"] if kernel.group == "softmax branch")
+    flex.options, flex.warps, flex.stages = {"BLOCK_M": 128, "BLOCK_N": 64, "USE_TMA": False}, 8, 3
+    event = {"where": "flexrattn/model.py:52", "why": "size <changed>"}
+    local["flex"] = {"dynamic": True, "compiles": 2, "recompiles": [event], "graph_breaks": []}
+    made["health"] = {
+        "what": "a training step",
+        "graphs": 3,
+        "graph_breaks": [],
+        "host_syncs": [{"where": "mine.py:7", "why": "called a synchronizing CUDA operation"}],
+        "recompiles": [event],
+        "warm_up_recompiles": [],
+    }
+    shown = to_text(made)
+    assert "forward: BLOCK_M 128, BLOCK_N 64, 8 warps, 3 stages" in shown
+    assert "dynamic: slower by 26-38 %" in shown
+    assert "recompiled at flexrattn/model.py:52: size <changed>" in shown
+    assert "0 graph breaks, 1 host syncs, 1 recompilations" in shown
+    assert "host sync at mine.py:7: called a synchronizing" in shown
+    assert "measured ms" in shown
+    page = page_of(made, embed=[])
+    assert Page(page).open == []
+    assert "size &lt;changed&gt;" in page
+    assert "<code>mine.py:7</code>" in page
+    assert "filled: measured" in page
+    assert "50%" in page
+    assert 'class="bar roof"' in page

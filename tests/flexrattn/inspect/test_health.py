@@ -78,8 +78,3 @@ def test_the_frame_is_the_callers_and_not_torchs():
     stack = traceback.extract_stack()
     stack.append(traceback.FrameSummary(f"{torch.__path__[0]}/_tensor.py", 7, "item"))
     assert health.own_frame(stack).startswith("tests/flexrattn/inspect/test_health.py:")
-
-
-def test_fp16_is_no_training_step(tmp_path):
-    with pytest.raises(ValueError, match="bf16 or fp32"):
-        watch(dtype="fp16")
