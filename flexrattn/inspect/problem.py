@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexrattn import platform
 from flexrattn.attention import RAttention
 from flexrattn.inspect.gpus import DEFAULT_GPU, GPU, GPUS, LIMITS, choose_arch, choose_gpu, find_gpu
 from flexrattn.model import describe_layer
@@ -136,12 +137,10 @@ def load(
 
 def _hardware(arch: str | None, gpu: str | None, device: str) -> tuple[str, GPU, bool]:
     """Architecture, the GPU for the roofline, and whether the one that is here is measured."""
-    there = device != "cpu" and torch.cuda.is_available()
+    there = device != "cpu" and torch.cuda.is_available() and platform.device_type() == "cuda"
     if device == "cuda" and not there:
-        raise ValueError(
-            f"--device cuda needs a GPU, and torch {torch.__version__} sees none here: use --device cpu, which "
-            "compiles for --arch without one"
-        )
+        hidden = f"{platform.DEVICE_VARIABLE}=cpu hides it" if torch.cuda.is_available() else "torch sees none here"
+        raise ValueError(f"--device cuda needs a GPU, and {hidden}: --device cpu compiles for --arch without one")
     wanted = None if arch is None else choose_arch(arch)
     if gpu is not None and wanted is None and not there:
         wanted = GPUS[choose(gpu.lower(), GPUS, what="GPU")].arch
