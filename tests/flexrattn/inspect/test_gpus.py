@@ -44,6 +44,7 @@ def test_names_of_drivers(name, arch, key):
 
 def test_an_unknown_device_is_none():
     assert find_gpu("NVIDIA GeForce RTX 3090", "sm_80") is None
+    assert find_gpu("NVIDIA GH200 480GB", "sm_90") is None  # its memory is another than the H200's
 
 
 def test_every_number_has_a_source():
