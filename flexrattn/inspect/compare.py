@@ -178,11 +178,17 @@ def _health(a: dict[str, Any], b: dict[str, Any]) -> Table:
     return Table(title="Graph health", header=("", "A", "B"), rows=rows)
 
 
+def _left(header: Sequence[str]) -> int:
+    """Columns that are flush left: all where they are words."""
+    return len(header) if list(header) == ["", "A", "B"] else 1
+
+
 def to_text(a: dict[str, Any], b: dict[str, Any]) -> str:
     """For the terminal."""
     lines = []
     for table in compare(a, b):
-        lines += [table.title, *text.table(*text.without_empty(table.header, table.rows)), ""]
+        header, rows = text.without_empty(table.header, table.rows)
+        lines += [table.title, *text.table(header, rows, left=_left(header)), ""]
     return "\n".join(lines).rstrip()
 
 
@@ -213,5 +219,6 @@ def to_page(a: dict[str, Any], b: dict[str, Any]) -> str:
 
 def _section(table: Table, name: str) -> str:
     header, rows = text.without_empty(table.header, table.rows)
-    shown = page.html_table(tuple(map(escape, header)), [("", tuple(map(escape, row))) for row in rows])
+    cells = [("", tuple(map(escape, row))) for row in rows]
+    shown = page.html_table(tuple(map(escape, header)), cells, left=range(_left(header)))
     return f'<section id="{name}"><h2>{escape(table.title)}</h2>{shown}</section>'
