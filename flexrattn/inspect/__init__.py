@@ -1,0 +1,1 @@
+"""`python -m flexrattn.inspect`: what the compilers made of a configuration's layers (docs/inspect.md)."""

@@ -1,0 +1,145 @@
+"""The launches of a layer's linear branch and their work."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from flexrattn.inspect import binary, scan
+from flexrattn.inspect.scan import ScanShape, scan_launches, why_no_kernels, work
+
+HERE = Path(__file__).parent
+SHAPE = ScanShape(
+    B=2,
+    T=1000,
+    H=8,
+    G=2,
+    D=128,
+    dtype=torch.bfloat16,
+    window=300,
+    feature_map="softmax",
+    save_every=16,
+    start=False,
+    capability=90,
+)
+
+
+def changed(**fields) -> ScanShape:
+    return dataclasses.replace(SHAPE, **fields)
+
+
+def names(shape: ScanShape) -> list[str]:
+    return [each.name for each in scan_launches(shape)]
+
+
+def test_launches_on_hopper():
+    """T = 1000 is 16 chunks, one segment: no scan in front of the states."""
+    assert names(SHAPE) == [
+        *("hopper_state", "hopper_output", "border_states"),
+        *("hopper_state (backward)", "hopper_dkv", "hopper_state", "hopper_dq"),
+    ]
+    longer = names(changed(T=4096))
+    assert longer[:2] == ["hopper_state (totals)", "state_scan"]
+    assert "state_scan (reversed)" in longer
+    assert [each.backward for each in scan_launches(SHAPE)] == [False] * 3 + [True] * 4
+
+
+def test_launches_elsewhere_and_with_a_start_state():
+    portable = ["chunk_state_fwd", "chunk_output_fwd", "border_states"]
+    assert names(changed(capability=80))[:3] == portable
+    assert names(changed(start=True))[:3] == portable
+    assert names(changed(dtype=torch.float32))[:3] == ["chunk_state_fwd", "state_scan", "chunk_output_fwd"]
+
+
+def test_without_kept_states_the_backward_makes_them_again():
+    assert "border_states" not in names(changed(save_every=0))
+    assert names(changed(save_every=0, T=4096)).count("hopper_state (totals)") == 2
+
+
+def test_values_are_taken_in_parts():
+    assert changed(D=64).parts == 1
+    assert changed(dtype=torch.float32).parts == 4
+
+
+def test_why_there_are_none():
+    assert why_no_kernels("auto", SHAPE) == ""
+    assert "head sizes" in why_no_kernels("auto", changed(D=48))
+    assert "torch operations" in why_no_kernels("torch", SHAPE)
+    with pytest.raises(ValueError, match="head sizes"):
+        why_no_kernels("triton", changed(D=48))
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "identity"])
+def test_work_of_hopper_is_that_of_its_products(feature_map):
+    """The products in the compiled code, times the loops and programs that run them."""
+    shape = changed(feature_map=feature_map, D=64)
+    launches = scan_launches(shape)
+    R, seen = shape.H // shape.G, set()
+    for number, each in enumerate(launches):
+        if each.kernel in seen or "hopper" not in each.kernel:
+            continue
+        seen.add(each.kernel)
+        args = each.launch.args
+        each_time = [2 * d.M * d.N * d.K for d in binary.dots(scan.compile_one((shape, number, False)).asm["ttgir"])]
+        chunks = args["N"] * shape.B * shape.G
+        halves = args["F"] // args["D"]
+        if each.kernel == "hopper_dkv_kernel":
+            # Those of the state once, then a head's: in the loop over heads, and again for the last head.
+            states = 2 * halves
+            expected = sum(each_time[:states]) + R * sum(each_time[states:]) // 2
+        elif each.kernel == "hopper_state_kernel":
+            expected = halves * sum(each_time)
+        else:
+            expected = R * sum(each_time)
+        assert work(each.launch)[0] == expected * chunks, each.name
+    assert len(seen) == 4
+
+
+def test_work_of_the_portable_kernels_is_that_of_the_products_that_run():
+    """Under Triton's interpreter every product is counted; in a process of its own, as Triton asks for it at import."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(HERE / "counted.py")]
+    done = subprocess.run(
+        command,
+        cwd=HERE.parents[2],
+        env=environment | {"PYTHONPATH": str(HERE.parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "equal" in done.stdout
+
+
+def test_bytes_are_those_of_the_tensors():
+    shape = changed(T=1024)
+    output = next(each for each in scan_launches(shape) if each.name == "hopper_output")
+    rows, D, F, chunks = shape.B * shape.T, shape.D, 2 * shape.D, 16 * shape.B * shape.G
+    queries, keys = 2 * rows * shape.H * D * 2, 2 * rows * shape.G * D * 2
+    states, ids = chunks * D * (2 * F + 4), rows * 4 + shape.B * 4
+    assert work(output.launch)[1] == queries + keys + states + ids
+
+
+def test_an_unknown_kernel_has_no_work():
+    launch = scan_launches(SHAPE)[0].launch
+    known = scan._FLOPS.pop("hopper_state_kernel")
+    try:
+        assert work(launch)[0] is None
+    finally:
+        scan._FLOPS["hopper_state_kernel"] = known
+
+
+def test_equal_kernels_are_compiled_once():
+    shape = changed(capability=80, save_every=0, T=4096)
+    launches = scan_launches(shape)
+    same = scan.different(launches)
+    again = [number for number, first in same.items() if number != first]
+    assert [launches[number].name for number in again] == ["chunk_state_fwd", "state_scan"]
