@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from flexrattn.inspect import page, svg, text
-from flexrattn.inspect.report import GROUPS, LINEAR, OTHERS, SOFTMAX, Kernel, shortened
+from flexrattn.inspect.report import GROUPS, LINEAR, OTHERS, SOFTMAX, SUM, Kernel, shortened
 from flexrattn.inspect.text import ms, number, percent, si
 
 
@@ -140,7 +140,7 @@ def _kernels(a: Sequence[Kernel], b: Sequence[Kernel]) -> list[tuple[str, ...]]:
 def _numbered(kernels: Sequence[Kernel]) -> dict[tuple[str, str, int], Kernel]:
     found: dict[tuple[str, str, int], Kernel] = {}
     for kernel in kernels:
-        if kernel.group not in (LINEAR, SOFTMAX, OTHERS):
+        if kernel.group not in (LINEAR, SOFTMAX, SUM, OTHERS):
             continue
         again = sum(key[:2] == (kernel.phase, kernel.name) for key in found)
         found[kernel.phase, kernel.name, again] = kernel

@@ -20,7 +20,7 @@ from flexrattn.inspect import compiler, memory
 from flexrattn.inspect.compiler import InductorKernel
 from flexrattn.inspect.gpus import GPU
 from flexrattn.inspect.problem import Layer, Problem
-from flexrattn.inspect.report import LINEAR, OTHERS, PRODUCTS, SOFTMAX, Kernel, finish, read_texts, set_occupancy
+from flexrattn.inspect.report import OTHERS, OURS, PRODUCTS, SOFTMAX, Kernel, finish, read_texts, set_occupancy
 
 ROUNDS = 7
 # Names of cuBLAS's and CUTLASS's matrix products.
@@ -197,23 +197,26 @@ def assign(
     unexpected = []
     for phase, launched in timeline.items():
         rest = launched
-        rest, odd = _assign_scan(kernels, phase, rest)
-        unexpected += odd
+        for group in OURS:
+            rest, odd = _assign_ours(kernels, group, phase, rest)
+            unexpected += odd
         rest, odd = _assign_flex(problem, kernels, phase, rest, by_name)
         unexpected += odd
         kernels += _others(problem, phase, rest, by_name)
     return unexpected
 
 
-def _assign_scan(kernels: Sequence[Kernel], phase: str, launched: list[Launched]) -> tuple[list[Launched], list[str]]:
-    """The linear branch's launches, in their order, which is that of the report's."""
-    own = [kernel for kernel in kernels if kernel.group == LINEAR and kernel.phase == phase]
+def _assign_ours(
+    kernels: Sequence[Kernel], group: str, phase: str, launched: list[Launched]
+) -> tuple[list[Launched], list[str]]:
+    """The launches of a group of `scan_kernels`, in their order, which is that of the report's."""
+    own = [kernel for kernel in kernels if kernel.group == group and kernel.phase == phase]
     names = {function_of(kernel) for kernel in own}
     mine = [each for each in launched if each.name in names]
     rest = [each for each in launched if each.name not in names]
     parts = own[0].launches if own else 1
     if [each.name for each in mine] != [function_of(kernel) for kernel in own] * parts:
-        return launched, [f"{phase}: the linear branch launched {', '.join(each.name for each in mine) or 'nothing'}"]
+        return launched, [f"{phase}: the {group} launched {', '.join(each.name for each in mine) or 'nothing'}"]
     odd = []
     for i, kernel in enumerate(own):
         kernel.measured_s = sum(each.seconds for each in mine[i :: len(own)])

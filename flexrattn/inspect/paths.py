@@ -11,10 +11,12 @@ ROOT = Path(__file__).resolve().parents[2]
 _INSTALLED = Path(torch.__file__).parents[1]
 # Modules that Inductor generates: /tmp/torchinductor_NAME/ab/cabc...py
 _GENERATED = re.compile(r"[^\s\"'()]*torchinductor_\w+/")
+# Triton's cache gives kernels with the places of the environment that compiled them, which may be another.
+_ELSEWHERE = re.compile(r"/[^\s\"'()]*/(?:site|dist)-packages/")
 
 
 def without_paths(text: str) -> str:
     """`text` with this repository's files relative to it, and installed ones relative to site-packages."""
     for folder in (_INSTALLED, ROOT):
         text = text.replace(f"{folder}/", "")
-    return _GENERATED.sub("torchinductor/", text)
+    return _ELSEWHERE.sub("", _GENERATED.sub("torchinductor/", text))

@@ -1,4 +1,4 @@
-"""The kernels of the linear branch that a layer launches in one step, compiled for a GPU that need not be there."""
+"""The kernels of `scan_kernels` that a layer launches in one step, compiled for a GPU that need not be there."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class ScanShape:
     feature_map: str
     save_every: int
     start: bool  # a learned initial state
+    summed: bool  # both branches' norms and their sum by scan_kernels.sum_of_head_norms
     capability: int
 
     @property
@@ -54,6 +55,7 @@ def scan_shape(attention: Any, *, batch: int, seq_len: int, dtype: torch.dtype, 
         feature_map=residual.feature_map,
         save_every=DEFAULT_SAVE_EVERY if residual.save_every is None else residual.save_every,
         start=attention.initial_state is not None,
+        summed=attention.sum_impl is not None and attention.swa_norm is not None and not attention.splits_heads,
         capability=capability,
     )
 
@@ -88,6 +90,11 @@ class ScanLaunch:
     def kernel(self) -> str:
         return self.launch.kernel.fn.__name__
 
+    @property
+    def sums(self) -> bool:
+        """Whether it is part of the branches' sum, and not of the linear branch."""
+        return self.kernel.startswith("branch_sum")
+
 
 def scan_launches(shape: ScanShape) -> list[ScanLaunch]:
     """Forward and backward of one training step, in their order; of the first part of the values. Nothing is allocated.
@@ -96,6 +103,7 @@ def scan_launches(shape: ScanShape) -> list[ScanLaunch]:
     """
     # Importing these needs Triton.
     from scan_kernels import fused
+    from scan_kernels.kernels import branch_sum
 
     def empty(*sizes: int, dtype: torch.dtype = shape.dtype) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
@@ -114,6 +122,10 @@ def scan_launches(shape: ScanShape) -> list[ScanLaunch]:
         return lambda launch: found.append(ScanLaunch(name=_name(launch), backward=backward, launch=launch))
 
     *_, kept = fused.forward(sizes, x, init, plan, with_final=False, save_every=shape.save_every, run=collect(False))
+    if shape.summed:
+        a, b, dy, weight_a, weight_b = (*(empty(B, T, H, D) for _ in range(3)), empty(H, D), empty(H, D))
+        collect(False)(branch_sum.branch_sum_fwd(a, b, weight_a, weight_b, 1e-8)[0])
+        collect(True)(branch_sum.branch_sum_bwd(dy, a, b, weight_a, weight_b, 1e-8)[0])
     fused.backward(sizes, x, init, do, None, plan, with_init_grad=False, kept=kept, run=collect(True))
     return found
 
@@ -153,7 +165,7 @@ class _Sizes:
 
     def __init__(self, args: dict[str, Any], BG: int) -> None:
         self.BG = BG
-        self.N, self.C, self.D, self.F = args.get("N", 0), args.get("C", 0), args.get("D", 0), args["F"]
+        self.N, self.C, self.D, self.F = (args.get(letter, 0) for letter in "NCDF")
         self.DV = args.get("DV", self.D)
         self.R = args.get("R", 1)
         self.start = args.get("start") is not None
@@ -201,6 +213,8 @@ _FLOPS: dict[str, Callable[[_Sizes], int]] = {
     # Additions and copies alone.
     "state_scan_kernel": lambda s: 0,
     "border_states_kernel": lambda s: 0,
+    "branch_sum_fwd_kernel": lambda s: 0,
+    "branch_sum_bwd_kernel": lambda s: 0,
 }
 
 

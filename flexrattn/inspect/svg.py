@@ -12,7 +12,7 @@ from flexrattn.inspect.text import ms, percent, si
 
 # The palette of docs/pictures.py.
 CELLS = {"0": "#eef1f4", "1": "#9cc4ea", "2": "#1f6fb4"}
-COLORS = dict(zip(GROUPS, ("#d1495b", "#1f6fb4", "#6c757d", "#2a9d8f"), strict=True))
+COLORS = dict(zip(GROUPS, ("#d1495b", "#1f6fb4", "#8e5ea2", "#6c757d", "#2a9d8f"), strict=True))
 
 
 def mask_picture(mask: dict[str, Any], size: int = 260) -> str:

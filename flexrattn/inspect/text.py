@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from flexrattn.inspect.report import GROUPS, LINEAR, SOFTMAX, Kernel, shortened
+from flexrattn.inspect.report import GROUPS, LINEAR, SOFTMAX, SUM, Kernel, shortened
 
 _CELLS = {"0": "··", "1": "▒▒", "2": "██"}
 _ASCII = {"0": "..", "1": "::", "2": "##"}
@@ -103,7 +103,7 @@ def _layer(layer: dict[str, Any], encoding: str) -> list[str]:
         lines += ["", *mask_lines(layer["mask"], encoding)]
     kernels = layer["kernels"]
     lines += ["", *_work(kernels)]
-    compiled = [kernel for kernel in kernels if kernel.shared is not None and kernel.group in (LINEAR, SOFTMAX)]
+    compiled = [kernel for kernel in kernels if kernel.shared is not None and kernel.group in (LINEAR, SOFTMAX, SUM)]
     if compiled:
         lines += ["", *_resources(compiled)]
     if layer["no_scan_kernels"]:
@@ -178,7 +178,7 @@ def _work(kernels: Sequence[Kernel]) -> list[str]:
             if not own:
                 continue
             # The page lists all; of products and generated kernels there are dozens.
-            if group in (LINEAR, SOFTMAX):
+            if group in (LINEAR, SOFTMAX, SUM):
                 rows += [("  " + shortened(kernel.name), *work_row(kernel)[1:]) for kernel in own]
             whole = totals(own)
             rows.append((f"{phase}, {group}", *work_row(whole)[1:]))

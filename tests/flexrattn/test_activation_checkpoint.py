@@ -29,7 +29,7 @@ def runs(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(fused, "solve", solve)
     monkeypatch.setattr(fused, "solve_bwd", solve_bwd)
-    monkeypatch.setattr(fused_ops, "_environment_refusal", lambda _: "")
+    monkeypatch.setattr(fused_ops, "environment_refusal", lambda _: "")
     return found
 
 

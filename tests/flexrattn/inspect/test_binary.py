@@ -105,5 +105,6 @@ def _shape(capability, dtype):
         feature_map="softmax",
         save_every=16,
         start=False,
+        summed=False,
         capability=capability,
     )

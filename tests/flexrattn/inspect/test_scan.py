@@ -28,6 +28,7 @@ SHAPE = ScanShape(
     feature_map="softmax",
     save_every=16,
     start=False,
+    summed=False,
     capability=90,
 )
 
@@ -62,6 +63,20 @@ def test_launches_elsewhere_and_with_a_start_state():
 def test_without_kept_states_the_backward_makes_them_again():
     assert "border_states" not in names(changed(save_every=0))
     assert names(changed(save_every=0, T=4096)).count("hopper_state (totals)") == 2
+
+
+def test_the_branches_sum_reads_and_writes_each_tensor_once():
+    """It stands between the linear branch's forward and its backward, and multiplies no matrices."""
+    launches = scan_launches(changed(summed=True))
+    assert [each.name for each in launches if each.sums] == ["branch_sum_fwd", "branch_sum_bwd"]
+    assert [each.name for each in launches if not each.sums] == names(SHAPE)
+    assert [each.backward for each in launches] == [False] * 4 + [True] * 5
+    branch = 2 * SHAPE.B * SHAPE.T * SHAPE.H * SHAPE.D
+    for each, tensors in zip((each for each in launches if each.sums), (3, 5), strict=True):
+        flops, nbytes = work(each.launch)
+        assert flops == 0
+        # Scales, and the programs' shares of their gradients.
+        assert tensors * branch < nbytes < 1.6 * tensors * branch
 
 
 def test_values_are_taken_in_parts():
