@@ -102,16 +102,14 @@ class LibraryStep(TritonStep):
 
     kernel: str = "cuDNN"
 
-    def _attention(
-        self, attention: RAttention, layer: LayerCache, weights: Any, qkv_BX: Tensor, clock: Clock
-    ) -> Tensor:
+    def _attention(self, attention: RAttention, layer: LayerCache, weights: Any, qkv: Any, clock: Clock) -> Tensor:
         from flexrattn.decode.glue import launch_heads, row_norm_eps
 
         spec = layer.spec
         assert layer.k_BGSD is not None
         assert layer.v_BGSD is not None
         launches, heads = launch_heads(
-            qkv_BX,
+            qkv,
             H=spec.H,
             G=spec.G,
             D=spec.D,

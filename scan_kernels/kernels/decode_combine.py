@@ -2,19 +2,16 @@
 
     out = norm(sum over splits of 2^(max_i - max) o_i / sum over splits of 2^(max_i - max) s_i) + norm(linear branch)
 
-The linear branch is what the state's blocks of features gave, and, with a ring, the pending keys:
-
-    sum over absorbed <= p <= t - window - 1 of (phi(q_t) . phi(k_p)) v_p
+The linear branch is what the state gave and what the pending keys gave.
 
 Letters: decode_attention.py.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from scan_kernels.kernels.decode_attention import LinearBranch, Parts
+from scan_kernels.kernels.decode_attention import Parts
 from scan_kernels.kernels.launch import Launch
 
 
@@ -32,52 +29,26 @@ def decode_combine_kernel(
     partial_max,
     partial_sum,
     read,
-    phi_q,
-    phi_k,
-    v,
-    length,
-    active,
-    absorbed,
+    pending_read,
     softmax_weight,
     linear_weight,
     out,
     splits,
-    S,
-    P,
-    window,
     eps,
     R: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
-    F: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
 ):
     """norm(softmax branch) + norm(linear branch) of one query head; a branch or its norm may be None."""
     bh = tl.program_id(0).to(tl.int64)
-    h, b = bh % H, bh // H
-    bg, r = bh // R, bh % R
+    h, bg, r = bh % H, bh // R, bh % R
     o_d = tl.arange(0, D)
     b_l = tl.zeros((D,), tl.float32)
-    # One wait for all that the linear branch needs, and it is under way before the splits are waited for.
     if read is not None:
-        b_read = tl.load(read + bh * D + o_d)
-        if absorbed is not None:
-            before = tl.load(absorbed + b)
-            pending = tl.where(tl.load(active + b) != 0, tl.load(length + b) - window - before, 0).to(tl.int32)
-            b_q = tl.load(phi_q + bh * F + tl.arange(0, F))
-            for first in range(0, P, BLOCK_P):
-                o_p = first + tl.arange(0, BLOCK_P)
-                b_k = tl.load(
-                    phi_k + (bg * P + o_p[:, None]) * F + tl.arange(0, F)[None, :], mask=o_p[:, None] < P, other=0.0
-                )
-                m_p = o_p < pending
-                p_v = v + (bg * S + (before + o_p[:, None]) % S) * D + o_d[None, :]
-                value = tl.load(p_v, mask=m_p[:, None], other=0.0).to(tl.float32)
-                # Behind the pending keys lie features that nobody wrote.
-                weight = tl.sum(tl.where(m_p[:, None], b_k * b_q[None, :], 0.0), 1)
-                b_l += tl.sum(weight[:, None] * value, 0)
-        b_l += b_read
+        b_l = tl.load(read + bh * D + o_d)
+        if pending_read is not None:
+            b_l += tl.load(pending_read + bh * D + o_d)
         if linear_weight is not None:
             b_l = _head_norm(b_l, tl.load(linear_weight + h * D + o_d).to(tl.float32), eps, D)
     if partial is not None:
@@ -107,9 +78,6 @@ def decode_combine_kernel(
 
 def launch_decode_combine(
     parts: Parts,
-    linear: LinearBranch | None,
-    length_B: Tensor,
-    active_B: Tensor,
     *,
     softmax_weight: Tensor | None,
     linear_weight: Tensor | None,
@@ -119,34 +87,22 @@ def launch_decode_combine(
     """`out` = norm(softmax branch) + norm(linear branch); parts as `launch_decode_attention_fwd` returns them."""
     B, H, D = out_BHD.shape
     partial, partial_max, partial_sum = parts.softmax or (None, None, None)
-    G = linear.state.shape[1] if linear is not None else partial.shape[1] if partial is not None else H
-    P = 0 if linear is None else linear.phi_k.shape[2]
     splits = 0 if partial is None else partial.shape[2]
     args = {
         "partial": partial,
         "partial_max": partial_max,
         "partial_sum": partial_sum,
         "read": parts.read,
-        "phi_q": None if linear is None else linear.phi_q,
-        "phi_k": None if linear is None else linear.phi_k,
-        "v": None if linear is None else linear.v,
-        "length": length_B,
-        "active": active_B.view(torch.uint8),
-        "absorbed": None if linear is None else linear.absorbed,
+        "pending_read": parts.pending,
         "softmax_weight": softmax_weight,
         "linear_weight": linear_weight,
         "out": out_BHD,
         "splits": splits,
-        "S": 0 if linear is None else linear.v.shape[2],
-        "P": P,
-        "window": 0 if linear is None else linear.window,
         "eps": eps,
-        "R": H // G,
+        "R": H if partial is None else partial.shape[3],
         "H": H,
         "D": D,
-        "F": 0 if linear is None else linear.phi_q.shape[2],
         "BLOCK_SPLITS": min(64, triton.next_power_of_2(max(splits, 1))),
-        "BLOCK_P": min(8, triton.next_power_of_2(max(P, 1))),
     }
     # One warp: sums across warps would take longer than all else. Many splits need more registers than it has.
     num_warps = 1 if D <= 128 and splits <= 16 else 4

@@ -85,6 +85,44 @@ def test_32k_tokens_in_fp32(layers):
     assert relative_error(torch.cat(got), expected) < 1e-4
 
 
+@pytest.mark.parametrize("layers", [{"window": 100}, {"window": None}, {"layer_kind": "swa", "window": 100}], ids=str)
+def test_documents_in_ragged_rows(layers):
+    """Packed documents in two prefills of rows of different lengths, and steps: the full forward of each row."""
+    T, first, new = 700, 400, 30
+    model = build(dtype=torch.float32, max_length=T + new, **layers)
+    tokens = tokens_of(2, T + new)
+    counts = [first, first - 90], [T - first, 150]
+    lengths = [[250, 300, 180], [390, 1, 339]]
+    at = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths]).cuda()
+    cache = cache_of(model, rows=2, max_length=T + new)
+    seen = [0, 0]
+
+    def rows_now(width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        cut = [(x[i, seen[i] : seen[i] + width], i) for x in (tokens, at) for i in range(2)]
+        padded = [torch.nn.functional.pad(x, (0, width - len(x))) for x, _ in cut]
+        return torch.stack(padded[:2]), torch.stack(padded[2:])
+
+    def expected() -> torch.Tensor:
+        found = []
+        for i, n in enumerate(seen):
+            where = at[i : i + 1, :n]
+            logits = model(tokens[i : i + 1, :n], positions=where, attention_masks=model.get_attention_masks(where))
+            found.append(logits[0, -1])
+        return torch.stack(found)
+
+    for count in counts:
+        x, positions = rows_now(max(count))
+        got = prefill(model, cache, x, rows=[0, 1], counts=count, positions=positions)
+        seen = [a + b for a, b in zip(seen, count, strict=True)]
+        assert relative_error(got, expected()) < 1e-4, seen
+    step, active = TritonStep(model, cache), torch.ones(2, dtype=torch.bool, device="cuda")
+    for _ in range(new):
+        x, _ = rows_now(1)
+        got = step(x[:, 0], active)
+        seen = [n + 1 for n in seen]
+    assert relative_error(got, expected()) < 1e-4
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     "layers",
@@ -141,7 +179,7 @@ def requests():
     [
         Tuning(num_stages=2, block_s=32),
         Tuning(resident=1, block_f=32, num_warps=4),
-        Tuning(ring_resident=16, split_products=0),
+        Tuning(ring_resident=16, fused_products=0),
     ],
     ids=str,
 )
@@ -223,10 +261,10 @@ def test_no_host_sync_and_one_graph_launch_a_token():
     assert len(outputs) == 4 * steps
     assert len(launched) == steps
     calls = {event.key: event.count for event in profile.key_averages()}
-    assert calls.get("cudaGraphLaunch", steps) == steps
+    assert sum(n for name, n in calls.items() if "GraphLaunch" in name) == steps, calls
     # Besides the graph: the copy of the tokens to the host, and nothing that computes.
-    assert calls.get("cudaLaunchKernel", 0) == 0, calls
-    assert calls.get("cudaStreamSynchronize", 0) == 0, calls
+    unwanted = "LaunchKernel", "StreamSynchronize", "DeviceSynchronize", "cudaMalloc", "cudaFree"
+    assert not [name for name in calls if any(part in name for part in unwanted)], calls
 
 
 def test_prefill_takes_what_the_forward_takes():

@@ -10,14 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as nnf
 from torch.nn.attention import SDPBackend
 
 from benchmarks import decode as benchmark
 from flexrattn.decode import DecodeCache, decode_step, fast, prefill
 from flexrattn.decode.engine import EagerStepper, Engine
 from flexrattn.decode.fast import TritonStep, TritonStepper
-from flexrattn.decode.glue import launch_add_norm
-from flexrattn.decode.product import launch_split_product
+from flexrattn.decode.glue import launch_likeliest
+from flexrattn.decode.product import FusedProducts, Shape, choose_shape
 from flexrattn.decode.sampling import Sampling
 from tests.closeness import relative_error
 from tests.flexrattn.decode.models import build, random_tokens
@@ -32,6 +33,8 @@ KINDS = {
     "no norms": {"branch_norm": False, "model": {"qk_norm": False, "activation": "gelu", "n_kv_heads": 1}},
     "swa": {"layer_kind": "swa", "window": 33},
     "full": {"layer_kind": "full", "window": None, "pattern": ["local"]},
+    "odd width": {"model": {"ffn_dim": 40}},
+    "odd words": {"model": {"vocab_size": 67}},
 }
 
 
@@ -77,21 +80,52 @@ def test_a_slot_of_garbage_is_never_read():
         assert relative_error(step(token, active), decode_step(model, expected_cache, token, active)) < 1e-5
 
 
-@pytest.mark.parametrize(("rows", "parts"), [(1, 2), (5, 3), (17, 6)])
-def test_a_product_in_parts(rows, parts):
-    """What the next norm adds up is the product, and rows behind the last are not written."""
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@pytest.mark.parametrize("rows", [1, 5, 17])
+def test_products_with_their_neighbours(rows, activation):
+    """Addition, norm, gate; parts in any order; scratch memory of garbage, and rows behind the last are not written."""
     torch.manual_seed(rows)
-    x, weight, h = torch.randn(rows, 384), torch.randn(128, 384), torch.randn(rows, 128)
-    launch, out = launch_split_product(x, weight, parts)
-    launch.args["out"] = padded = torch.full((parts * rows + 1, 128), torch.nan)
-    launch.run()
+    W, K, N, ffn = 128, 384, 192, 96
+    o, table, token = torch.randn(rows, K), torch.randn(7, W), torch.randint(7, (rows,))
+    wo, qkv = torch.randn(W, K) * 0.1, torch.randn(N, W) * 0.1
+    gate_up, w2 = torch.randn(2 * ffn, W) * 0.1, torch.randn(W, ffn) * 0.1
+    norms = [torch.nn.RMSNorm(W, eps=1e-5) for _ in range(3)]
+    for norm in norms:
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    weights = [(qkv, False), (wo, False), (w2, False), (gate_up, True)]
+    products = FusedProducts.build(weights, rows=rows, W=W, multiprocessors=12)
+    assert choose_shape(rows, W, K, multiprocessors=12).parts == 6
+    padded = torch.full((rows + 1, W), torch.nan)
+    products = dataclasses.replace(products, h=padded[:-1], x=products.x.fill_(torch.nan))
+    products.embed(token, table, norms[0])
+    h = table[token]
+    for _ in range(2):
+        qkv_parts = products.unscaled(qkv, norms[0])
+        summed = qkv_parts.parts.sum(0) / (qkv_parts.squares.sum(0)[:, None] / W + 1e-5).sqrt()
+        assert relative_error(summed, norms[0](h) @ qkv.T) < 1e-6
+        assert relative_error(products.normed(qkv, norms[0]), norms[0](h) @ qkv.T) < 1e-6
+        products.add(o, wo, next_norm=norms[1])
+        h = h + o @ wo.T
+        assert relative_error(products.h, h) < 1e-6
+        gate, up = (norms[1](h) @ gate_up.T).split(ffn, dim=1)
+        acted = nnf.gelu(gate, approximate="tanh") if activation == "gelu" else nnf.silu(gate)
+        gated = products.normed(gate_up, norms[1], activation=activation)
+        assert relative_error(gated, acted * up) < 1e-6
+        products.launch(gated, w2, Shape(block_k=32), next_norm_W=norms[0].weight).run()
+        h = h + gated @ w2.T
+        assert relative_error(products.h, h) < 1e-6
     assert padded[-1].isnan().all()
-    out.copy_(padded[:-1].view_as(out))
-    expected = h + x @ weight.T
-    norm = torch.empty_like(h)
-    launch_add_norm(h, out, torch.ones(128), 1e-6, norm).run()
-    assert relative_error(h, expected) < 1e-6
-    assert relative_error(norm, expected * expected.square().mean(1, keepdim=True).rsqrt()) < 1e-5
+
+
+def test_the_likeliest_token_is_the_first():
+    torch.manual_seed(0)
+    logits = torch.randint(-9, 9, (7, 20000)).float()
+    logits[2] = -torch.inf
+    logits[3, -1] = 99.0
+    token = torch.full((7,), -1)
+    launch_likeliest(logits, token).run()
+    assert torch.equal(token, (logits == logits.amax(1, keepdim=True)).int().argmax(1))
+    assert token[2] == 0
 
 
 def test_the_engine_draws_the_same():
@@ -116,11 +150,11 @@ def test_the_benchmarks_gate(arm, monkeypatch):
     tolerance = benchmark.TOLERANCE[torch.float32]
     assert benchmark.gate(chosen, options, cpu, torch.float32, "math") < tolerance
     if not chosen.library:
-        right = fast.make_clock
+        right = fast._launch_clock
 
         def early(cache, active):
             clock = right(cache, active)
             return dataclasses.replace(clock, position_B=clock.position_B + 1)
 
-        monkeypatch.setattr(fast, "make_clock", early)
+        monkeypatch.setattr(fast, "_launch_clock", early)
         assert not benchmark.gate(chosen, options, cpu, torch.float32, "math") < tolerance
