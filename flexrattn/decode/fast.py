@@ -95,24 +95,31 @@ class Tuning:
     """How the kernels are launched; nothing here changes what is computed.
 
     resident: programs that a multiprocessor is taken to run at a time, for the number of splits of the keys;
-    ring_resident: in a layer with a linear branch. fused_products: 1, or 0 for cuBLAS. The others, of a layer with a
-    linear branch: `launch_decode_attention_fwd`.
+    ring_resident: in a layer with a linear branch. fused_products: 1, or 0 for cuBLAS. late_pending: 1 makes the
+    features of pending keys with the heads, 0 in a program beside both branches. The others, of a layer with a linear
+    branch: `launch_decode_attention_fwd`.
     """
 
     resident: int = 3
     ring_resident: int = 4
     fused_products: int = 1
+    late_pending: int = 0
     num_warps: int = 1
     num_stages: int = 3
     block_s: int = 32
     block_f: int = 16
     block_v: int = 32
-    state_stages: int = 3
+    state_stages: int = 6
+
+    @classmethod
+    def measured(cls, rows: int) -> Tuning:
+        """What was fastest on an H200: many rows fill it with short programs, and pending keys are better apart."""
+        return cls() if rows <= 16 else cls(ring_resident=9, num_stages=4, block_s=16, late_pending=1)
 
     def of_both_branches(self) -> dict[str, int]:
         """Options of `launch_decode_attention_fwd` for a layer with a linear branch."""
         options = dataclasses.asdict(self)
-        others = ("resident", "ring_resident", "fused_products")
+        others = ("resident", "ring_resident", "fused_products", "late_pending")
         return {name: options[name] for name in options if name not in others}
 
 
@@ -157,7 +164,7 @@ class TritonStep:
         if multiprocessors is None:
             on_gpu = cache.device.type == "cuda"
             multiprocessors = torch.cuda.get_device_properties(cache.device).multi_processor_count if on_gpu else 4
-        self.model, self.cache, self.tuning = model, cache, tuning or Tuning()
+        self.model, self.cache, self.tuning = model, cache, tuning or Tuning.measured(cache.rows)
         self.multiprocessors = multiprocessors
         self.products = self._fused_products()
         self.weights = [
@@ -287,6 +294,7 @@ class TritonStep:
             window=spec.window,
             absorbed_B=absorbed_B,
             absorbed_after_B=absorbed_after_B,
+            pending=bool(self.tuning.late_pending),
         )
         for launch in launches:
             launch.run()
@@ -310,6 +318,9 @@ class TritonStep:
         norm = attention.swa_norm or attention.rla_norm
         launch_decode_combine(
             parts,
+            linear,
+            position_B,
+            active_B,
             softmax_weight=attention.swa_norm.weight if attention.swa_norm is not None else None,
             linear_weight=attention.rla_norm.weight if attention.rla_norm is not None else None,
             eps=norm.eps if norm is not None else 0.0,
@@ -335,6 +346,7 @@ class TritonStep:
             state=layer.state_BGFD,
             start=weights.start_HFD,
             window=0 if window is None else window,
+            all_features=bool(self.tuning.late_pending),
             feature_map=layer.spec.feature_map,
             table=None if attention.rope is None else attention.rope.cache,
             k_scale=None if attention.k_scale is None else attention.k_scale.weight,

@@ -205,10 +205,12 @@ def heads_kernel(
     D: tl.constexpr,
     MAP: tl.constexpr,
     HALVES: tl.constexpr,
+    PENDING: tl.constexpr,
 ):
     """One head of one row's q, k or v: its norm, its rotation, its places. Outputs that are None are not wanted.
 
-    The programs behind those: features of one key of the ring that enters the state in this step.
+    The programs behind those: features of one key of the ring that enters the state in this step, or, with PENDING,
+    that is not in the state yet.
     """
     head, b = tl.program_id(0) + first_program, tl.program_id(1).to(tl.int64)
     o_d, X = tl.arange(0, D), (H + 2 * G) * D
@@ -218,7 +220,10 @@ def heads_kernel(
         if absorbed is not None:
             g, i = (head - H - 2 * G) // P, (head - H - 2 * G) % P
             position = tl.load(absorbed + b) + i
-            if position < tl.load(absorbed_after + b):
+            end = tl.load(absorbed_after + b)
+            if PENDING:
+                end = tl.where(runs, t - window + 1, end)
+            if position < end:
                 x = _unrotated(k_cache + ((b * G + g) * S + position % S) * D, table, position, D)
                 if k_scale is not None:
                     x = x * tl.load(k_scale + o_d).to(tl.float32)
@@ -299,7 +304,7 @@ class Heads:
     """What `launch_heads` writes beside the cache; None where a layer has no such branch.
 
     q_softmax (B, H, D) after RoPE. phi_q (B, H, F) and phi_k (B, G, P, F), fp32: of the keys that enter the state in
-    this step; without a ring of the token's own, with its v_linear (B, G, D).
+    this step, or of all that are not in it; without a ring of the token's own, with its v_linear (B, G, D).
     """
 
     q_softmax: Tensor | None
@@ -341,11 +346,12 @@ def launch_heads(
     window: int | None = None,
     absorbed_B: Tensor | None = None,
     absorbed_after_B: Tensor | None = None,
+    pending: bool = False,
 ) -> tuple[list[Launch], Heads]:
     """The launches in their order, and their outputs.
 
     cache: k and v (B, G, S, D), which take token t in. feature_map: of the linear branch, if the layer has one; window
-    and absorbed_B before and after belong to it and to the ring.
+    and absorbed_B before and after belong to it and to the ring. pending: features of keys that only later enter.
     """
     dtype, qkv_x = (qkv.dtype, qkv) if isinstance(qkv, Tensor) else (qkv.dtype, qkv.parts)
     norm = qkv if isinstance(qkv, Unscaled) else None
@@ -396,6 +402,7 @@ def launch_heads(
         "H": H,
         "G": G,
         "D": D,
+        "PENDING": pending,
         **maps,
     }
     options = {"num_warps": 1, "num_stages": 1}

@@ -161,8 +161,8 @@ class LinearBranch:
     """phi_q (B, H, F), phi_k (B, G, P, F), state (B, G, F, D), all fp32, start the same (H, F, D) or None.
 
     v: the ring (B, G, S, D) with absorbed and absorbed_after; without these the token's own (B, G, D), phi_k of P = 1.
-    phi_k is needed where keys enter the state. table (positions, 2D): the ring's rotations, if it has any; k_scale (D,)
-    or None.
+    phi_k: of the keys that enter the state; if all_features of all that are not in it. Otherwise a program makes those
+    from the ring: table (positions, 2D) has the ring's rotations, if it has any; k_scale (D,) or None.
     """
 
     phi_q: Tensor
@@ -171,6 +171,7 @@ class LinearBranch:
     state: Tensor
     start: Tensor | None = None
     window: int = 0
+    all_features: bool = False
     feature_map: str = "softmax"
     table: Tensor | None = None
     k_scale: Tensor | None = None
@@ -183,7 +184,7 @@ class Parts:
     """What the kernel leaves, all fp32, None for a branch that is not there.
 
     softmax: sums (B, G, splits, R, D), maxima and weights (B, G, splits, R). read, pending: (B, H, D), what the state
-    and the keys behind it give.
+    and, unless their features are given, the keys behind it give.
     """
 
     softmax: tuple[Tensor, Tensor, Tensor] | None
@@ -252,6 +253,9 @@ def launch_decode_attention_fwd(
         v, ring = linear.v, linear.absorbed is not None
         read = torch.empty(B, H, D, dtype=torch.float32, device=v.device)
         block_f, block_v = min(block_f, F), min(block_v, D)
+        if linear.start is not None:
+            # It comes for every head, and takes the registers and the shared memory of more stages.
+            state_stages = min(state_stages, 3)
         args |= {
             "phi_q": linear.phi_q,
             "phi_k": linear.phi_k,
@@ -271,7 +275,7 @@ def launch_decode_attention_fwd(
             **map_options(linear.feature_map),
         }
         programs += D // block_v
-        if ring and linear.phi_k.shape[2] > 1:
+        if ring and linear.phi_k.shape[2] > 1 and not linear.all_features:
             pending = torch.empty_like(read)
             args |= {"table": linear.table, "k_scale": linear.k_scale, "pending_read": pending}
             options["PENDING_PROGRAMS"] = 1

@@ -3,9 +3,10 @@
     o_t = phi(q_t) (S + sum over absorbed <= p <= t - window - 1 of phi(k_p)^T v_p)
 
 The state S holds the keys p < absorbed. What it gives to a query is computed here, a block of columns a program, for
-all heads of a group; another program takes the pending keys behind it from the ring and makes their features. Where
-`absorbed_after` says so, all pending keys and key t - window, which the next query reads, are added to the state, and
-it is stored. It is fp32 throughout and rounded nowhere.
+all heads of a group. The pending keys behind it are taken from the ring by another program, or, where the rows are
+many, added where the parts are put together (decode_combine.py), from features made before. Where `absorbed_after`
+says so, all pending keys and key t - window, which the next query reads, are added to the state, and it is stored. It
+is fp32 throughout and rounded nowhere.
 Without a softmax branch (window None) key t enters before the read, every step.
 
 Letters: decode_attention.py, whose kernel calls this.

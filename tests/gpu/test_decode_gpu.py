@@ -137,16 +137,17 @@ def test_documents_in_ragged_rows(layers):
     ],
     ids=["softmax", "options", "relu", "window 0", "linear only", "swa", "full"],
 )
-@pytest.mark.parametrize("head_dim", [32, 128])
-def test_triton_steps_are_the_float64_steps(layers, dtype, head_dim):
+@pytest.mark.parametrize(("head_dim", "rows"), [(32, 3), (128, 3), (128, 40)])
+def test_triton_steps_are_the_float64_steps(layers, dtype, head_dim, rows):
     """Rows of different lengths, one that rests; bf16 against float64 on the same rounded weights and caches."""
     model = build(dtype=dtype, max_length=512, head_dim=head_dim, n_layers=4, **layers)
     exact = empty_model(model.config, device="cuda", dtype=torch.float64)
     for name, x in exact.state_dict().items():
         x.copy_(model.state_dict()[name])
-    cache = cache_of(model, rows=3, max_length=512, fold_every=4)
-    exact_cache = cache_of(exact, rows=3, max_length=512, fold_every=4)
-    prefill(model, cache, tokens_of(3, 301), rows=[0, 1, 2], counts=[301, 5, 140])
+    cache = cache_of(model, rows=rows, max_length=512, fold_every=4)
+    exact_cache = cache_of(exact, rows=rows, max_length=512, fold_every=4)
+    counts = ([301, 5, 140] * rows)[:rows]
+    prefill(model, cache, tokens_of(rows, 301), rows=list(range(rows)), counts=counts)
     for mine, other in zip(exact_cache.layers, cache.layers, strict=True):
         for name, x in mine.tensors().items():
             x.copy_(other.tensors()[name])
@@ -155,8 +156,9 @@ def test_triton_steps_are_the_float64_steps(layers, dtype, head_dim):
         x.copy_(cache.absorbed[window])
     step = TritonStep(model, cache)
     for i in range(9):
-        token = tokens_of(3, seed=i)
-        active = torch.tensor([True, True, i % 3 != 1], device="cuda")
+        token = tokens_of(rows, seed=i)
+        active = torch.ones(rows, dtype=torch.bool, device="cuda")
+        active[2] = i % 3 != 1
         got, expected = step(token, active), decode_step(exact, exact_cache, token, active)
         error = relative_error(got[active].double(), expected[active])
         assert error < (5e-5 if dtype == torch.float32 else 6e-2), (i, error)
@@ -179,7 +181,8 @@ def requests():
     [
         Tuning(num_stages=2, block_s=32),
         Tuning(resident=1, block_f=32, num_warps=4),
-        Tuning(ring_resident=16, fused_products=0),
+        Tuning(ring_resident=16, fused_products=0, late_pending=1),
+        Tuning.measured(64),
     ],
     ids=str,
 )

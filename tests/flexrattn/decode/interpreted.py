@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend
 from benchmarks import decode as benchmark
 from flexrattn.decode import DecodeCache, decode_step, fast, prefill
 from flexrattn.decode.engine import EagerStepper, Engine
-from flexrattn.decode.fast import TritonStep, TritonStepper
+from flexrattn.decode.fast import TritonStep, TritonStepper, Tuning
 from flexrattn.decode.glue import launch_likeliest
 from flexrattn.decode.product import FusedProducts, Shape, choose_shape
 from flexrattn.decode.sampling import Sampling
@@ -45,8 +45,9 @@ def caches(model, rows, **options):
     ]
 
 
+@pytest.mark.parametrize("late", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_are_the_torch_steps(kind):
+def test_steps_are_the_torch_steps(kind, late):
     """Rows of different lengths, one that rests, several splits; and the caches hold the same afterwards."""
     options = dict(KINDS[kind])
     fold_every = options.pop("fold_every", 1)
@@ -55,7 +56,7 @@ def test_steps_are_the_torch_steps(kind):
     prompt, counts = random_tokens(3, 40), [40, 3, 6]
     for each in (expected_cache, cache):
         prefill(model, each, prompt, rows=[0, 1, 2], counts=counts)
-    step = TritonStep(model, cache, multiprocessors=5)
+    step = TritonStep(model, cache, multiprocessors=5, tuning=Tuning(late_pending=late))
     for i in range(5):
         token, active = random_tokens(3, seed=10 + i), torch.tensor([True, True, i % 2 == 0])
         expected = decode_step(model, expected_cache, token, active)
@@ -94,7 +95,7 @@ def test_products_with_their_neighbours(rows, activation):
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
     weights = [(qkv, False), (wo, False), (w2, False), (gate_up, True)]
     products = FusedProducts.build(weights, rows=rows, W=W, multiprocessors=12)
-    assert choose_shape(rows, W, K, multiprocessors=12).parts == 6
+    assert choose_shape(rows, W, K, multiprocessors=12).parts == (3 if rows <= 16 else 6)
     padded = torch.full((rows + 1, W), torch.nan)
     products = dataclasses.replace(products, h=padded[:-1], x=products.x.fill_(torch.nan))
     products.embed(token, table, norms[0])
@@ -143,6 +144,7 @@ def test_the_engine_draws_the_same():
 def test_the_benchmarks_gate(arm, monkeypatch):
     """It passes what is right, and sees a key of the window that is not read."""
     monkeypatch.setattr(benchmark, "GATE_SLOTS", 40)
+    monkeypatch.setattr(benchmark, "GATE_ROWS", (3, 17))
     monkeypatch.setitem(benchmark.LIBRARY, "math", benchmark._sdpa(SDPBackend.MATH))
     (chosen,) = [each for each in benchmark.arms(7, 9) if each.name == arm]
     options = SimpleNamespace(flavor="debug", seed=0, fold_every=2, tuning=["resident=5", "block_f=8"])

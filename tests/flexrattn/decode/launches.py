@@ -28,14 +28,14 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def launches(dtype: torch.dtype = torch.bfloat16, D: int = 128, options: bool = False) -> Iterator[tuple[str, Launch]]:
     B, H, G, S, W = 64, 16, 4, 520, 2048
-    fp32, tuning = torch.float32, Tuning().of_both_branches()
+    fp32 = torch.float32
     length, active = empty(B, dtype=torch.int64), empty(B, dtype=torch.bool)
     k, v = (empty(B, G, S, D, dtype=dtype) for _ in range(2))
     table, scale = empty(8192, 2 * D, dtype=fp32), empty(D, dtype=dtype)
     norm = empty(H, D, dtype=dtype)
     q = empty(B, H, D, dtype=dtype)
     phi_q = empty(B, H, 2 * D, dtype=fp32)
-    for name, window in (("ring", 512), ("all", None), ("alone", None)):
+    for name, window in (("ring", 512), ("ring, late", 512), ("all", None), ("alone", None)):
         softmax = SoftmaxBranch(q=q, k=k, v=v, window=window, scale=0.1, splits=3) if name != "alone" else None
         linear = LinearBranch(
             phi_q=phi_q,
@@ -44,15 +44,19 @@ def launches(dtype: torch.dtype = torch.bfloat16, D: int = 128, options: bool = 
             state=empty(B, G, 2 * D, D, dtype=fp32),
             start=empty(H, 2 * D, D, dtype=fp32) if options else None,
             window=window or 0,
+            all_features=name == "ring, late",
             table=table,
             k_scale=scale if options else None,
             absorbed=None if window is None else length,
             absorbed_after=None if window is None else length,
         )
+        tuning = Tuning.measured(64 if name == "ring, late" else 1).of_both_branches()
         both = softmax, None if name == "all" else linear
         launch, parts = launch_decode_attention_fwd(*both, length, active, **(tuning if both[1] else {}))
         yield f"attention {name}", launch
-        launch = launch_decode_combine(parts, softmax_weight=norm, linear_weight=norm, eps=1e-8, out_BHD=q)
+        launch = launch_decode_combine(
+            parts, both[1], length, active, softmax_weight=norm, linear_weight=norm, eps=1e-8, out_BHD=q
+        )
         yield f"combine {name}", launch
     after = {"window": 512, "absorbed_B": length, "absorbed_after_B": length, "fold_every": 8}
     yield "clock", launch_clock(length, active, length, **after)
