@@ -1,8 +1,8 @@
 """A step by Triton kernels, and on a GPU as one CUDA graph: sampling included, and nothing for the host to wait for.
 
-Seven launches a layer for up to 64 rows in bf16: the q, k, v product, heads (norms, rotation, the cache's new key),
-both branches, their sum, and the output's and the feed-forward's products, which take norms, additions and the
-gate in (product.py). Otherwise cuBLAS multiplies, and those are launches of their own.
+Nine launches a layer for up to 64 rows in bf16: the q, k, v product, heads (its parts, norms, rotation, the cache's new
+key), both branches, their sum, and the output's and the feed-forward's products, which take norms and the gate in, with
+two residual additions (product.py). Otherwise cuBLAS multiplies, and norms and gate are launches of their own.
 q, k, v and gate, up are one product each: their weights are moved behind one another, and the modules keep views.
 
 Letters: B rows, W model width, the others as in cache.py.
@@ -22,7 +22,7 @@ from torch import Tensor
 from flexrattn.attention import RAttention
 from flexrattn.decode.cache import DecodeCache, LayerCache, layer_spec
 from flexrattn.decode.engine import EagerStepper
-from flexrattn.decode.layer import Clock
+from flexrattn.decode.layer import Clock, make_clock
 from flexrattn.decode.sampling import Mode, SamplingRows, sample
 from flexrattn.decode.step import finish_step
 from flexrattn.model import Block, RAttentionModel
@@ -109,39 +109,22 @@ class Tuning:
     block_s: int = 32
     block_f: int = 16
     block_v: int = 32
-    state_stages: int = 6
+    state_stages: int = 3
 
     @classmethod
     def measured(cls, rows: int) -> Tuning:
-        """What was fastest on an H200: many rows fill it with short programs, and pending keys are better apart."""
-        return cls() if rows <= 16 else cls(ring_resident=9, num_stages=4, block_s=16, late_pending=1)
+        """What was fastest on an H200 with 1, 16, 64 and, as far as it was looked at, 256 rows of the 3b model."""
+        if rows <= 16:
+            return cls(state_stages=8) if rows < 16 else cls()
+        if rows <= 64:
+            return cls(ring_resident=9, num_stages=4, block_s=16, state_stages=6)
+        return cls(late_pending=1)
 
     def of_both_branches(self) -> dict[str, int]:
         """Options of `launch_decode_attention_fwd` for a layer with a linear branch."""
         options = dataclasses.asdict(self)
         others = ("resident", "ring_resident", "fused_products", "late_pending")
         return {name: options[name] for name in options if name not in others}
-
-
-def _launch_clock(cache: DecodeCache, active_B: Tensor) -> Clock:
-    """`make_clock` in one launch a window."""
-    from flexrattn.decode.glue import launch_clock
-
-    position_B, after = torch.empty_like(cache.lengths_B), {}
-    for window, absorbed_B in cache.absorbed.items():
-        after[window] = torch.empty_like(absorbed_B)
-        launch_clock(
-            cache.lengths_B,
-            active_B,
-            position_B,
-            window=window,
-            absorbed_B=absorbed_B,
-            absorbed_after_B=after[window],
-            fold_every=cache.fold_every,
-        ).run()
-    if not after:
-        launch_clock(cache.lengths_B, active_B, position_B).run()
-    return Clock(position_B=position_B, active_B=active_B, absorbed=cache.absorbed, absorbed_after=after)
 
 
 class TritonStep:
@@ -211,7 +194,7 @@ class TritonStep:
     @torch.no_grad()
     def __call__(self, token_B: Tensor, active_B: Tensor) -> Tensor:
         """Logits (B, V) behind one more token of every active row; the cache takes the tokens in."""
-        clock = _launch_clock(self.cache, active_B)
+        clock = make_clock(self.cache, active_B)
         if self.products is None:
             logits_BV = self._layers(token_B, clock)
         else:
@@ -251,15 +234,24 @@ class TritonStep:
             norm = block.attention_norm
             launch_add_norm(h_BW, delta, norm.weight, row_norm_eps(norm), x_BW).run()
             o_BHD = self._attention(block.attention, layer, weights, x_BW @ weights.qkv_XW.T, clock)
-            delta = o_BHD.flatten(1) @ block.attention.wo.weight.T
+            delta = self._product(o_BHD.flatten(1), block.attention.wo.weight)
             norm = block.ffn_norm
             launch_add_norm(h_BW, delta, norm.weight, row_norm_eps(norm), x_BW).run()
             gate_up = x_BW @ weights.gate_up_XW.T
             gated = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
             launch_gate(gate_up, gated, activation=block.feed_forward.activation).run()
-            delta = gated @ block.feed_forward.w2.weight.T
+            delta = self._product(gated, block.feed_forward.w2.weight)
         launch_add_norm(h_BW, delta, model.norm.weight, row_norm_eps(model.norm), x_BW).run()
         return x_BW @ model.lm_head.weight.T
+
+    def _product(self, x_BK: Tensor, weight_NK: Tensor) -> Tensor:
+        """x W^T (B, N), or its parts (parts, B, N)."""
+        from flexrattn.decode.product import split_product
+
+        parts = None
+        if self.tuning.fused_products:
+            parts = split_product(x_BK, weight_NK, multiprocessors=self.multiprocessors)
+        return x_BK @ weight_NK.T if parts is None else parts
 
     def _attention(
         self, attention: RAttention, layer: LayerCache, weights: _Weights, qkv: Tensor | Unscaled, clock: Clock
@@ -346,7 +338,7 @@ class TritonStep:
             state=layer.state_BGFD,
             start=weights.start_HFD,
             window=0 if window is None else window,
-            all_features=bool(self.tuning.late_pending),
+            all_features=bool(self.tuning.late_pending) and window is not None,
             feature_map=layer.spec.feature_map,
             table=None if attention.rope is None else attention.rope.cache,
             k_scale=None if attention.k_scale is None else attention.k_scale.weight,
@@ -370,12 +362,7 @@ class TritonStepper(EagerStepper):
     @torch.no_grad()
     def step(self, mode: Mode) -> None:
         logits_BV = self.run(self.token_B, self.active_B)
-        if mode is Mode.GREEDY:
-            from flexrattn.decode.glue import launch_likeliest
-
-            launch_likeliest(logits_BV, self.token_B).run()
-        else:
-            self.token_B.copy_(sample(logits_BV, self.rows, self.cache.lengths_B, mode))
+        self.token_B.copy_(sample(logits_BV, self.rows, self.cache.lengths_B, mode))
 
 
 class GraphStepper(TritonStepper):

@@ -19,14 +19,18 @@ from scan_kernels.kernels.launch import Launch
 
 
 @triton.jit
-def add_norm_kernel(h, delta, weight, out, eps, W, BLOCK_W: tl.constexpr):
-    """h += delta (where there is one); out = h / sqrt(mean(h^2) + eps) * weight, a row a program."""
+def add_norm_kernel(h, delta, weight, out, eps, B, W, PARTS: tl.constexpr, BLOCK_W: tl.constexpr):
+    """h += the sum of delta's parts (where there is one); out = h / sqrt(mean(h^2) + eps) * weight, a row a program."""
     row = tl.program_id(0).to(tl.int64)
     o_w = tl.arange(0, BLOCK_W)
     m_w = o_w < W
     x = tl.load(h + row * W + o_w, mask=m_w, other=0.0)
     if delta is not None:
-        x = (x.to(tl.float32) + tl.load(delta + row * W + o_w, mask=m_w, other=0.0).to(tl.float32)).to(x.dtype)
+        total = tl.load(delta + row * W + o_w, mask=m_w, other=0.0).to(tl.float32)
+        for i in tl.static_range(1, PARTS):
+            total += tl.load(delta + (i * B + row) * W + o_w, mask=m_w, other=0.0).to(tl.float32)
+        # Rounded as the product and the addition of two tensors round.
+        x = (x.to(tl.float32) + total.to(x.dtype).to(tl.float32)).to(x.dtype)
         tl.store(h + row * W + o_w, x, mask=m_w)
     y = x.to(tl.float32)
     y = y * tl.rsqrt(tl.sum(y * y, 0) / W + eps)
@@ -35,6 +39,7 @@ def add_norm_kernel(h, delta, weight, out, eps, W, BLOCK_W: tl.constexpr):
 
 
 def launch_add_norm(h_BW: Tensor, delta: Tensor | None, weight_W: Tensor, eps: float, out_BW: Tensor) -> Launch:
+    """delta: (B, W), or (parts, B, W) to be summed."""
     B, W = h_BW.shape
     block = triton.next_power_of_2(W)
     args = {
@@ -43,71 +48,12 @@ def launch_add_norm(h_BW: Tensor, delta: Tensor | None, weight_W: Tensor, eps: f
         "weight": weight_W,
         "out": out_BW,
         "eps": eps,
+        "B": B,
         "W": W,
+        "PARTS": 1 if delta is None or delta.dim() == 2 else len(delta),
         "BLOCK_W": block,
     }
     return Launch(add_norm_kernel, (B,), args, {"num_warps": 8 if block >= 4096 else 4, "num_stages": 1})
-
-
-@triton.jit
-def clock_kernel(length, active, absorbed, position, absorbed_after, B, window, fold_every, BLOCK: tl.constexpr):
-    """`layer.make_clock` for one window, or, where absorbed is None, of the positions alone."""
-    o_b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_b = o_b < B
-    t = tl.load(length + o_b, mask=m_b, other=0)
-    runs = tl.load(active + o_b, mask=m_b, other=0) != 0
-    tl.store(position + o_b, tl.where(runs, t, 0), mask=m_b)
-    if absorbed is not None:
-        before = tl.load(absorbed + o_b, mask=m_b, other=0)
-        outside = t + 1 - window
-        after = tl.where(runs & (outside - before >= fold_every), outside, before)
-        tl.store(absorbed_after + o_b, after, mask=m_b)
-
-
-def launch_clock(
-    length_B: Tensor,
-    active_B: Tensor,
-    position_B: Tensor,
-    *,
-    window: int = 0,
-    absorbed_B: Tensor | None = None,
-    absorbed_after_B: Tensor | None = None,
-    fold_every: int = 1,
-) -> Launch:
-    B = len(length_B)
-    args = {
-        "length": length_B,
-        "active": active_B.view(torch.uint8),
-        "absorbed": absorbed_B,
-        "position": position_B,
-        "absorbed_after": absorbed_after_B,
-        "B": B,
-        "window": window,
-        "fold_every": fold_every,
-        "BLOCK": 128,
-    }
-    return Launch(clock_kernel, (triton.cdiv(B, 128),), args, {"num_warps": 4, "num_stages": 1})
-
-
-@triton.jit
-def likeliest_kernel(logits, token, V, BLOCK: tl.constexpr):
-    """The first index of a row's largest logit."""
-    row = tl.program_id(0).to(tl.int64)
-    o_v = tl.arange(0, BLOCK)
-    best = tl.full((BLOCK,), -float("inf"), tl.float32)
-    where = tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, V, BLOCK):
-        x = tl.load(logits + row * V + first + o_v, mask=first + o_v < V, other=-float("inf")).to(tl.float32)
-        where = tl.where(x > best, first + o_v, where)
-        best = tl.maximum(best, x)
-    largest = tl.max(best, 0)
-    tl.store(token + row, tl.min(tl.where(best == largest, where, V), 0).to(tl.int64))
-
-
-def launch_likeliest(logits_BV: Tensor, token_B: Tensor) -> Launch:
-    B, V = logits_BV.shape
-    args = {"logits": logits_BV, "token": token_B, "V": V, "BLOCK": 8192}
-    return Launch(likeliest_kernel, (B,), args, {"num_warps": 16, "num_stages": 1})
 
 
 @triton.jit
@@ -406,13 +352,13 @@ def launch_heads(
         **maps,
     }
     options = {"num_warps": 1, "num_stages": 1}
-    own, pending = H + 2 * G, 0 if absorbed_B is None else G * P
-    if pending and behind == 0:
+    own, of_ring = H + 2 * G, 0 if absorbed_B is None else G * P
+    if of_ring and behind == 0:
         # The token's own key is one of them: the second launch reads what the first writes.
         later = args | {"first_program": own}
-        launches = [Launch(heads_kernel, (own, B), args, options), Launch(heads_kernel, (pending, B), later, options)]
+        launches = [Launch(heads_kernel, (own, B), args, options), Launch(heads_kernel, (of_ring, B), later, options)]
     else:
-        launches = [Launch(heads_kernel, (own + pending, B), args, options)]
+        launches = [Launch(heads_kernel, (own + of_ring, B), args, options)]
     return launches, heads
 
 

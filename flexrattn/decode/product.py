@@ -155,16 +155,75 @@ def choose_shape(
     rows: int, N: int, K: int, *, multiprocessors: int, gated: bool = False, whole: bool = False
 ) -> Shape | None:
     """For so many rows and a weight (N, K), or (2N, K) where `gated`; None: leave it to cuBLAS. whole: in one part."""
-    few = rows <= 16
-    block_n, block_k = math.gcd(N, 64), math.gcd(K, 128 if few and not gated else 64)
+    block_n, block_k = math.gcd(N, 32 if gated and rows <= 16 else 64), math.gcd(K, 64)
     if rows > MOST_ROWS or min(block_n, block_k) < 16:
         return None
     parts = 1 if gated or whole else max(1, multiprocessors // (N // block_n))
     while K % (parts * block_k):
         parts -= 1
-    # Measured on an H200 with the 3b model; the most stages take 150 KB of shared memory.
-    stages = (7 if few else 6) if gated else 4 if whole else 6 if few else 7
-    return Shape(block_n=block_n, block_k=block_k, parts=parts, num_stages=stages)
+    return Shape(block_n=block_n, block_k=block_k, parts=parts, num_stages=5 if gated else 7)
+
+
+def split_product(x_BK: Tensor, weight_NK: Tensor, *, multiprocessors: int) -> Tensor | None:
+    """x W^T in parts (parts, B, N), fp32, for `launch_add_norm`; None where cuBLAS is as good."""
+    shape = choose_shape(len(x_BK), *weight_NK.shape, multiprocessors=multiprocessors)
+    if x_BK.dtype == torch.float32 or shape is None or shape.parts == 1:
+        return None
+    parts = x_BK.new_empty(shape.parts, len(x_BK), len(weight_NK), dtype=torch.float32)
+    launch_product(x_BK, weight_NK, shape, out=parts).run()
+    return parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residual:
+    """The stream h (B, W) that a product is added to, the weight of the norm behind it, and what that needs."""
+
+    h: Tensor
+    next_norm_W: Tensor
+    next_x: Tensor
+    next_squares: Tensor
+
+
+def launch_product(
+    x_BK: Tensor,
+    weight_NK: Tensor,
+    shape: Shape,
+    *,
+    out: Tensor | None = None,
+    squares: Tensor | None = None,
+    norm_eps: float = 0.0,
+    residual: Residual | None = None,
+    activation: str = "",
+) -> Launch:
+    """One product: into out, (B, N) or, in fp32, (parts, B, N), or with `residual` into h, x and squares.
+
+    squares: of the norm in front, with x times its weight. activation: the weight's rows are [gate, up].
+    """
+    (B, K), N = x_BK.shape, len(weight_NK) // (2 if activation else 1)
+    args = {
+        "x": x_BK,
+        "weight": weight_NK,
+        "squares": squares,
+        "h": None if residual is None else residual.h,
+        "next_weight": None if residual is None else residual.next_norm_W,
+        "next_x": None if residual is None else residual.next_x,
+        "next_squares": None if residual is None else residual.next_squares,
+        "out": out,
+        "B": B,
+        "N": N,
+        "K": K,
+        "part": K // shape.parts,
+        "eps": norm_eps,
+        "SQUARES": 1 if squares is None else len(squares),
+        "IN_PARTS": out is not None and out.dim() == 3,
+        "ACTIVATION": 0 if not activation else GELU.value if activation == "gelu" else SILU.value,
+        "BLOCK_B": max(16, triton.next_power_of_2(B)),
+        "BLOCK_N": shape.block_n,
+        "BLOCK_K": shape.block_k,
+        "PRECISION": precision(x_BK.dtype),
+    }
+    options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
+    return Launch(product_kernel, (N // shape.block_n, shape.parts), args, options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,33 +309,20 @@ class FusedProducts:
         next_norm_W: Tensor | None = None,
         activation: str = "",
     ) -> Launch:
-        """One product: into out, (B, N) or, in fp32, (parts, B, N), or with next_norm_W into h, x and squares."""
-        (B, K), N = x_BK.shape, len(weight_NK) // (2 if activation else 1)
-        residual = next_norm_W is not None
-        args = {
-            "x": x_BK,
-            "weight": weight_NK,
-            "squares": None if norm_eps is None else self.squares,
-            "h": self.h if residual else None,
-            "next_weight": next_norm_W,
-            "next_x": self.x if residual else None,
-            "next_squares": self.squares if residual else None,
-            "out": out,
-            "B": B,
-            "N": N,
-            "K": K,
-            "part": K // shape.parts,
-            "eps": 0.0 if norm_eps is None else norm_eps,
-            "SQUARES": len(self.squares),
-            "IN_PARTS": out is not None and out.dim() == 3,
-            "ACTIVATION": 0 if not activation else GELU.value if activation == "gelu" else SILU.value,
-            "BLOCK_B": max(16, triton.next_power_of_2(B)),
-            "BLOCK_N": shape.block_n,
-            "BLOCK_K": shape.block_k,
-            "PRECISION": precision(x_BK.dtype),
-        }
-        options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
-        return Launch(product_kernel, (N // shape.block_n, shape.parts), args, options)
+        """`launch_product`, behind a norm with norm_eps, into the stream with next_norm_W."""
+        residual = None
+        if next_norm_W is not None:
+            residual = Residual(h=self.h, next_norm_W=next_norm_W, next_x=self.x, next_squares=self.squares)
+        return launch_product(
+            x_BK,
+            weight_NK,
+            shape,
+            out=out,
+            squares=None if norm_eps is None else self.squares,
+            norm_eps=norm_eps or 0.0,
+            residual=residual,
+            activation=activation,
+        )
 
     def launch_residual(self, parts: Tensor, next_norm_W: Tensor) -> Launch:
         """h += the sum of parts (parts, B, W), with x and squares."""

@@ -217,7 +217,7 @@ def launch_decode_attention_fwd(
     args |= {"absorbed": None, "absorbed_after": None, "S": 0, "P": 0, "window": 0, "splits": 0, "scale_log2": 0.0}
     options = {"R": 1, "F": 0, "WINDOWED": False, "RING": False, "BLOCK_R": 16, "BLOCK_S": 16, "STATE_PROGRAMS": 0}
     options |= {"PENDING_PROGRAMS": 0, "MAP": 0, "HALVES": 1}
-    parts, read, pending, programs = None, None, None, 0
+    parts, read, pending, programs, pending_tile = None, None, None, 0, 8
     if softmax is not None:
         B, H, D = softmax.q.shape
         G, S = softmax.k.shape[1:3]
@@ -254,7 +254,9 @@ def launch_decode_attention_fwd(
         read = torch.empty(B, H, D, dtype=torch.float32, device=v.device)
         block_f, block_v = min(block_f, F), min(block_v, D)
         if linear.start is not None:
-            # It comes for every head, and takes the registers and the shared memory of more stages.
+            # It comes for every head, and takes the registers and the shared memory of more stages and keys.
+            state_stages, pending_tile = min(state_stages, 3), 4
+        if softmax is None:
             state_stages = min(state_stages, 3)
         args |= {
             "phi_q": linear.phi_q,
@@ -284,8 +286,7 @@ def launch_decode_attention_fwd(
     args |= options | {
         "BLOCK_H": triton.next_power_of_2(options["R"]),
         "BLOCK_P": min(8, triton.next_power_of_2(max(args["P"], 1))),
-        # All of them at once would take more registers than a warp has.
-        "PENDING_TILE": min(4, triton.next_power_of_2(max(args["P"] - 1, 1))),
+        "PENDING_TILE": min(pending_tile, triton.next_power_of_2(max(args["P"] - 1, 1))),
         "BLOCK_F": block_f,
         "BLOCK_V": block_v,
         "STAGES": state_stages,

@@ -10,11 +10,9 @@ from flexrattn.decode.fast import Tuning
 from flexrattn.decode.glue import (
     Unscaled,
     launch_add_norm,
-    launch_clock,
     launch_embed,
     launch_gate,
     launch_heads,
-    launch_likeliest,
 )
 from flexrattn.decode.product import FusedProducts, Shape
 from scan_kernels.kernels.decode_attention import LinearBranch, SoftmaxBranch, launch_decode_attention_fwd
@@ -35,7 +33,14 @@ def launches(dtype: torch.dtype = torch.bfloat16, D: int = 128, options: bool = 
     norm = empty(H, D, dtype=dtype)
     q = empty(B, H, D, dtype=dtype)
     phi_q = empty(B, H, 2 * D, dtype=fp32)
-    for name, window in (("ring", 512), ("ring, late", 512), ("all", None), ("alone", None)):
+    cases = (
+        ("ring", 1, 512),
+        ("ring, 64 rows", 64, 512),
+        ("ring, late", 256, 512),
+        ("all", 64, None),
+        ("alone", 64, None),
+    )
+    for name, rows, window in cases:
         softmax = SoftmaxBranch(q=q, k=k, v=v, window=window, scale=0.1, splits=3) if name != "alone" else None
         linear = LinearBranch(
             phi_q=phi_q,
@@ -50,7 +55,7 @@ def launches(dtype: torch.dtype = torch.bfloat16, D: int = 128, options: bool = 
             absorbed=None if window is None else length,
             absorbed_after=None if window is None else length,
         )
-        tuning = Tuning.measured(64 if name == "ring, late" else 1).of_both_branches()
+        tuning = Tuning.measured(rows).of_both_branches()
         both = softmax, None if name == "all" else linear
         launch, parts = launch_decode_attention_fwd(*both, length, active, **(tuning if both[1] else {}))
         yield f"attention {name}", launch
@@ -58,9 +63,6 @@ def launches(dtype: torch.dtype = torch.bfloat16, D: int = 128, options: bool = 
             parts, both[1], length, active, softmax_weight=norm, linear_weight=norm, eps=1e-8, out_BHD=q
         )
         yield f"combine {name}", launch
-    after = {"window": 512, "absorbed_B": length, "absorbed_after_B": length, "fold_every": 8}
-    yield "clock", launch_clock(length, active, length, **after)
-    yield "likeliest", launch_likeliest(empty(B, 49152, dtype=dtype), length)
     x = empty(B, W, dtype=dtype)
     yield "add_norm", launch_add_norm(x, x, empty(W, dtype=dtype), 1e-6, x)
     if dtype == torch.bfloat16:
