@@ -13,7 +13,8 @@ from flexrattn.inspect import compiler, scan
 from flexrattn.inspect.compiler import Matmul
 from flexrattn.inspect.gpus import capability_of
 from flexrattn.inspect.problem import Layer, Problem
-from score_mods import MaskMod, all_of, build_block_mask, dense_mask, document
+from flexrattn.packing import document_ids_from_positions
+from score_mods import MaskMod, build_block_mask, dense_mask, in_documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +97,7 @@ def block_inputs(
     positions = torch.zeros(B, T, dtype=torch.int64, device=device) if traced else problem.positions(device)
     masks: dict[str, Any] = {}
     if mask is not None:
-        ids = torch.cumsum(positions == 0, dim=-1, dtype=torch.int32)
-        whole = all_of(mask, document(ids))
+        whole = in_documents(mask, document_ids=document_ids_from_positions(positions), positions=positions)
         build = dense_mask if device == "cpu" else build_block_mask
         masks[layer.attention.mask] = build(whole, batch=B, heads=None, q_len=T, kv_len=T, device=device)
     return x, masks, positions
