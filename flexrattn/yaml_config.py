@@ -20,7 +20,7 @@ import logging
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -271,7 +271,8 @@ def _split_recipe_flags(args: list[str]) -> tuple[dict[str, Any], list[str]]:
                 if i == len(args):
                     raise ValueError(f"{flag} needs a value")
                 value = args[i]
-            keys = name[len(_RECIPE_FLAG) :].replace("-", "_").split(".")
+            # "-1" and "0:-1" are layers.
+            keys = [k.replace("-", "_") if k[:1].isalpha() else k for k in key_path(name[len(_RECIPE_FLAG) :])]
             target = recipe
             for key in keys[:-1]:
                 target = target.setdefault(key, {})
@@ -280,6 +281,29 @@ def _split_recipe_flags(args: list[str]) -> tuple[dict[str, Any], list[str]]:
             rest.append(flag)
         i += 1
     return recipe, rest
+
+
+# What holds {name: arguments}, and what holds a layer's choice of that.
+NAMED = ("local_mask", "global_mask", "local_score_mod", "global_score_mod")
+NAMED_BY_LAYER = ("layer_masks", "layer_score_mods")
+_OWN_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def holds_name(path: Sequence[str]) -> bool:
+    """Whether the keys below `path` are names of masks or score mods."""
+    return (len(path) > 0 and path[-1] in NAMED) or (len(path) > 1 and path[-2] in NAMED_BY_LAYER)
+
+
+def key_path(key: str, within: Sequence[str] = ()) -> list[str]:
+    """A dotted key below the keys `within`, as single keys. The dots of a "package.module:factory" divide nothing."""
+    path, rest = list(within), key
+    while True:
+        own = _OWN_FACTORY.match(rest) if holds_name(path) else None
+        part = own.group() if own else rest.partition(".")[0]
+        path.append(part)
+        if len(part) == len(rest):
+            return path[len(within) :]
+        rest = rest[len(part) + 1 :]
 
 
 def _check_flag_names(config: Any, flags: list[str]) -> None:
