@@ -226,6 +226,8 @@ def make_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device cuda, but torch {torch.__version__} sees no GPU on this machine")
+    if options.out and Path(options.out).is_dir():
+        raise ValueError(f"--out {options.out} is a folder: name a file")
     evaluator = Evaluator.load(
         options.checkpoint,
         device=options.device,
@@ -257,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
     try:
         run(make_parser().parse_args(arguments))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -144,7 +144,7 @@ def _scan_kernel(problem: Problem, shape: scan.ScanShape, each: scan.ScanLaunch,
         grid=list(each.launch.grid),
         flops=None if flops is None else flops * launches,
         bytes=nbytes * launches,
-        dtype="fp32" if problem.dtype == "fp32" else "bf16",
+        dtype="fp32" if (shape.sum_dtype if each.sums else shape.dtype) == torch.float32 else "bf16",
         warps=each.launch.options.get("num_warps"),
         stages=each.launch.options.get("num_stages"),
         note=compiled.error,
@@ -168,7 +168,9 @@ def softmax_kernels_of(problem: Problem, layer: Layer, pairs: int) -> list[Kerne
     attention = layer.attention
     if not attention.has_softmax:
         return []
-    B, T, H, G, D = problem.batch, problem.seq_len, attention.n_heads, attention.n_kv_heads, attention.head_dim
+    B, T, D = problem.batch, problem.seq_len, attention.head_dim
+    halves = 2 if attention.splits_heads else 1
+    H, G = attention.n_heads // halves, attention.n_kv_heads // halves
     size = problem.torch_dtype.itemsize
     queries, keys, rows = B * T * H * D * size, B * T * G * D * size, B * T * H * 4
     product = 2 * D * H * B * pairs

@@ -107,6 +107,8 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
         ([*base, "--batch-size", "0"], "batch_size and steps must be positive (steps -1: all), got 0 and 3"),
         ([*base, "--reference-window", "-3"], "reference_window must be an integer >= 0 (tokens), got -3"),
         ([*base, "--data-path", str(tmp_path / "absent.txt")], "absent.txt"),
+        ([*base, "--out", str(tmp_path)], "is a folder: name a file"),
+        ([*base, "--steps", "1", "--out", f"{__file__}/eval.json"], "test_evaluate.py"),
         ([*base, "--length", "x"], "invalid int value: 'x'"),
     ):
         code, _, error = command(capsys, *arguments)

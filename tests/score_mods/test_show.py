@@ -168,6 +168,8 @@ BAD = {
     "no documents": (["document"], "document needs --documents"),
     "import": (["no_such_module:f"], "ModuleNotFoundError: No module named 'no_such_module'"),
     "folder": (["causal", "--seq-len", "8", "--out", "/no/such/folder/a.png"], "No such file or directory"),
+    "no ending": (["causal", "--out", "mask"], "--out mask names no picture: end it in .png, .svg or .pdf"),
+    "a folder": (["causal", "--out", "."], "--out . names no picture"),
     "ending": (["causal", "--seq-len", "8", "--out", "a.mask"], "Format 'mask' is not supported"),
 }
 
