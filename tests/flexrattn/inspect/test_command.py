@@ -280,6 +280,11 @@ def test_an_out_that_is_a_file_is_refused(tmp_path, capsys):
         command.main(["configs/debug.yaml", "--out", str(tmp_path / "out")])
     assert "is a file: name a folder" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
+    with pytest.raises(SystemExit):
+        command.main(["configs/debug.yaml", "--out", str(tmp_path / "out" / "below")])
+    said = capsys.readouterr().err
+    assert "out/below" in said
+    assert said.count("\n") == 1
 
 
 def browser() -> str | None:
