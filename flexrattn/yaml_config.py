@@ -16,11 +16,10 @@ import dataclasses
 import importlib
 import inspect
 import io
-import logging
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -30,6 +29,7 @@ import yaml
 from torchtitan.config import ConfigManager
 from torchtitan.config.manager import custom_registry
 
+from flexrattn.quiet import quiet_log
 from flexrattn.suggest import choose, did_you_mean
 
 USAGE = "usage: python train.py CONFIG.yaml [--section.key value ...]   (configs/ holds the shipped ones)"
@@ -56,21 +56,12 @@ class YamlConfigManager(ConfigManager):
             return parse()
         printed = io.StringIO()
         try:
-            with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed), _quiet():
+            # tyro builds the dataclasses again, and what they warn of has been said.
+            with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed), quiet_log():
                 self.config = parse()
         except SystemExit as stop:
             raise ValueError(f"bad command line: {_one_line(printed.getvalue())}") from stop
         return self.config
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No log lines: tyro builds the dataclasses again, and what they warn of has been said."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -16,20 +16,19 @@ Everything is built before anything runs: a mistake is a ValueError that names t
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import json
-import logging
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from flexrattn.ablate.code import ROOT, digest_of
+from flexrattn.evaluation import GROUPS
+from flexrattn.quiet import quiet_log
 from flexrattn.suggest import choose, did_you_mean
 from flexrattn.yaml_config import NAMED, build_config, holds_name, key_path, load_yaml
 
@@ -245,6 +244,9 @@ def load_study(path: Path) -> Study:
         raise ValueError(f"{path}: margin must be a positive number, got {margin!r}")
     primary = str(document.get("primary", "loss"))
     metrics = _names(path, "metrics", document.get("metrics") or DEFAULT_METRICS)
+    for name in (primary, *metrics):
+        if name.startswith("groups."):
+            choose(name.split(".")[1], GROUPS, what=f"{path}: group of {name}")
     study = Study(
         name=path.stem,
         path=path,
@@ -360,7 +362,8 @@ def build_arms(study: Study, *, ranks: int = 1, check_files: bool = True) -> dic
         choice = tuning[0].choice if tuning else {}
         runs = [study.run(arm.name, study.seeds[0], choice), *tuning]
         try:
-            with _quiet():
+            # torchtitan warns of its own defaults each time that a configuration is built.
+            with quiet_log():
                 configs = [build_config(run.document, source=str(study.path)) for run in runs]
             if check_files:
                 from flexrattn.data.tokens import read_manifest
@@ -383,16 +386,6 @@ def build_arms(study: Study, *, ranks: int = 1, check_files: bool = True) -> dic
                 "batch alike"
             )
     return facts
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torchtitan warns of its own defaults each time that a configuration is built."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _facts(config: Any, tuning: Any | None, ranks: int) -> Facts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from flexrattn.attention import LayerKind, RAttention
 from flexrattn.inspect.gpus import DEFAULT_GPU, GPU, GPUS, LIMITS, choose_arch, choose_gpu, find_gpu
 from flexrattn.model import describe_layer
 from flexrattn.packing import document_ids_from_positions, positions_from_lengths
+from flexrattn.quiet import quiet_log
 from flexrattn.suggest import choose
 from flexrattn.yaml_config import YamlConfigManager
 from score_mods import MaskMod, in_documents
@@ -98,11 +98,8 @@ def load(
 ) -> Problem:
     """Everything checked before anything is compiled. ValueError of one line."""
     # torchtitan warns of its own defaults, and says nothing here that a reader of the report needs.
-    logging.disable(logging.WARNING)
-    try:
+    with quiet_log():
         config = YamlConfigManager().parse_args([source, *flags])
-    finally:
-        logging.disable(logging.NOTSET)
     training = config.training
     seq_len = training.seq_len if seq_len is None else seq_len
     batch = training.local_batch_size if batch is None else batch

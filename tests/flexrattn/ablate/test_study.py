@@ -98,6 +98,7 @@ MISTAKES = {
     "comparison-itself": ({"comparisons": [["full", "full"]]}, "comparisons must be of two arms"),
     "base-form": ({"base": ["a.yaml"]}, "base must be one configuration's file name"),
     "metrics": ({"metrics": "loss"}, "metrics must be a list of dotted names, got 'loss'"),
+    "primary": ({"primary": "groups.beyond_windw.loss"}, "group of .* 'beyond_windw', did you mean 'beyond_window'"),
     "seed-keys": ({"seed_keys": "debug.seed"}, "seed_keys must be a list of dotted names, got 'debug.seed'"),
     "tune-twice": (
         {"tune": {"values": {"x": [0.1, 0.1000000001]}}},

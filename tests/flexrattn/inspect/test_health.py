@@ -28,6 +28,12 @@ def test_a_compiled_step_is_healthy():
     assert "4 layers (compiled" in found["what"]
 
 
+def test_windows_are_drawn_in_the_watched_steps():
+    """A window anew for each of them, and nothing compiles again."""
+    found = watch(*COMPILED, "--recipe_args.local_mask.stochastic_window.values", "[3, 5, 9, 20, 33]")
+    assert (found["graph_breaks"], found["recompiles"]) == ([], [])
+
+
 def test_a_recompilation_in_the_step_is_found(monkeypatch):
     compiled = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
     lengths = iter((3, 3, 4))
