@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import pytest
 
@@ -115,3 +117,17 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
         assert code == 2, arguments
         assert message in error
         assert error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_damaged_checkpoint_is_one_line(trained, tmp_path, capsys, damage):
+    shutil.copytree(trained, tmp_path / "run")
+    shard = max((tmp_path / "run" / "checkpoint").glob("step-*/*.distcp"))
+    if damage == "gone":
+        shard.unlink()
+    else:
+        os.truncate(shard, 1000)
+    code, _, error = command(capsys, "--checkpoint", str(tmp_path / "run"))
+    assert code == 2
+    assert "cannot be read" in error
+    assert error.count("\n") == 1, error
