@@ -85,6 +85,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def build_config(document: dict[str, Any], *, recipe_flags: dict[str, Any] | None = None, source: str) -> Any:
     """The config a document describes: its recipe, called with its arguments, overridden section by section."""
     document = dict(document)
+    if "recipe" not in document and "arms" in document:
+        raise ValueError(f"{source}: a study, not a configuration: run python -m flexrattn.ablate {source}")
     if "recipe" not in document:
         raise ValueError(f"{source}: no 'recipe'; known recipes: {', '.join(available_recipes())}")
     recipe = find_recipe(document.pop("recipe"))

@@ -365,6 +365,8 @@ def build_arms(study: Study, *, ranks: int = 1, check_files: bool = True) -> dic
             # torchtitan warns of its own defaults each time that a configuration is built.
             with quiet_log():
                 configs = [build_config(run.document, source=str(study.path)) for run in runs]
+            if not all(config.validator.enable for config in configs):
+                raise ValueError("validator.enable is false: runs are compared by their validation loss")
             if check_files:
                 from flexrattn.data.tokens import read_manifest
                 from flexrattn.trainer import check_before_start

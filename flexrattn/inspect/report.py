@@ -24,6 +24,8 @@ from flexrattn.model import RAttentionModel
 from score_mods.show import Picture, look_at
 
 SCHEMA = 1
+OF_REPORT = ("config", "flags", "model", "problem", "gpu", "versions", "health", "memory", "warnings")
+OF_LAYER = ("name", "index", "count", "what", "heads", "mask", "no_scan_kernels", "memory", "flex")
 LINEAR, SOFTMAX, SUM = "linear branch", "softmax branch", "sum of the branches"
 PRODUCTS, OTHERS = "matrix products", "norms and the rest"
 GROUPS = (LINEAR, SOFTMAX, SUM, PRODUCTS, OTHERS)
@@ -390,4 +392,7 @@ def from_json(plain: dict[str, Any], source: str) -> dict[str, Any]:
         layers = [{**layer, "kernels": [Kernel(**kernel) for kernel in layer["kernels"]]} for layer in plain["layers"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{source} is no report: {error}") from error
+    for found, wanted in ((plain, OF_REPORT), *((layer, OF_LAYER) for layer in layers)):
+        if absent := [key for key in wanted if key not in found]:
+            raise ValueError(f"{source} is no whole report, it lacks {', '.join(absent)}: make it again")
     return {**plain, "layers": layers}

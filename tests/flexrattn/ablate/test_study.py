@@ -131,6 +131,7 @@ BAD_ARMS = {
     "mask": ({"recipe_args": {"layer_kind": "swa", "local_mask": "slidng_window"}}, "did you mean 'sliding_window'"),
     "tokens": ({"training.steps": 5}, "arms must train on equally many tokens (tokens: full 1,024, bad 1,280)"),
     "seq-len": ({"recipe_args.model": {"max_seq_len": 32}}, "training.seq_len 64 is more than the model's max_seq_len"),
+    "no-validation": ({"validator.enable": False}, "validator.enable is false"),
     "no-text": ({"recipe_args": {"data": "tokens", "data_path": "nowhere"}}, "nowhere holds no tokens.json"),
 }
 

@@ -274,6 +274,15 @@ def test_reports_of_another_schema_are_refused(tmp_path, capsys, report):
         assert re.search(r"no report of this version|is no JSON", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("lacks", ["gpu", "memory"])
+def test_a_report_that_lacks_something_is_refused(report, lacks):
+    plain = json.loads(json.dumps(report))
+    where = plain if lacks == "gpu" else plain["layers"][-1]
+    del where[lacks]
+    with pytest.raises(ValueError, match=f"x.json is no whole report, it lacks {lacks}: make it again"):
+        from_json(plain, "x.json")
+
+
 def test_an_out_that_is_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(SystemExit):
