@@ -412,7 +412,7 @@ def _make(name: str, args: dict[str, object], document_ids: Tensor | None) -> tu
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0, or 2 with one line on stderr for input that does not fit."""
+    """Run the command; 0, 130 when interrupted, or 2 with one line on stderr for input that does not fit."""
     parser = _parser()
     given = parser.parse_intermixed_args(argv)
     try:
@@ -436,6 +436,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  drawn in {given.out}")
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

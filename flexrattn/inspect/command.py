@@ -76,7 +76,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line on stderr for input that does not fit."""
+    """0, or 2 with one line on stderr for input that does not fit; 130 when interrupted."""
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     mine, flags = _split(sys.argv[1:] if arguments is None else arguments)
     given, rest = parser.parse_known_args(mine)

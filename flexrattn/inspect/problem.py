@@ -115,7 +115,10 @@ def load(
     if documents is None:
         documents = (seq_len,)
     if min(documents) < 1 or sum(documents) != seq_len:
-        raise ValueError(f"--documents {','.join(map(str, documents))} must add up to the sequence, {seq_len} tokens")
+        raise ValueError(
+            f"--documents {','.join(map(str, documents))} must be lengths >= 1 that add up to the sequence, "
+            f"{seq_len} tokens"
+        )
     dtype = _NAMES[training.mixed_precision_param] if dtype is None else choose(dtype, DTYPES, what="dtype")
     arch, chosen, on_device = _hardware(arch, gpu, device)
     return Problem(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -282,13 +283,22 @@ def compilers(processes: int) -> Iterator[CompileJobs]:
     # Forked from a server that imports torch once; nothing of CUDA is touched in it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "scan_kernels.kernels.resources"])
-    with ProcessPoolExecutor(processes, context) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_leave_interrupts_to_the_caller) as pool:
 
         def begin(jobs: Iterable[tuple[ScanShape, int, bool]]) -> Callable[[], list[Compiled]]:
             running = [pool.submit(compile_one, job) for job in jobs]
             return lambda: [each.result() for each in running]
 
-        yield begin
+        try:
+            yield begin
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _leave_interrupts_to_the_caller() -> None:
+    """Ctrl-C reaches every process of the terminal; this one ends with its caller's pool."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def different(launches: list[ScanLaunch]) -> dict[int, int]:

@@ -185,6 +185,14 @@ def test_bad_input_gets_one_line_and_exit_code_2(args, message, capsys):
     assert error.count("\n") == 1
 
 
+def test_interrupted_without_a_traceback(monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("score_mods.show.look_at", interrupt)
+    assert main(["causal", "--seq-len", "8"]) == 130
+
+
 def test_drawing_without_matplotlib_is_told(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit) as exit:
