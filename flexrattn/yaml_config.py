@@ -269,7 +269,12 @@ def _split_recipe_flags(args: list[str]) -> tuple[dict[str, Any], list[str]]:
             target = recipe
             for key in keys[:-1]:
                 target = target.setdefault(key, {})
-            target[keys[-1]] = yaml.safe_load(value)
+                if not isinstance(target, dict):
+                    raise ValueError(f"{name} and a flag before it give {key} as a value and as a mapping")
+            try:
+                target[keys[-1]] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{name} {value!r} is not valid YAML: {_one_line(str(error))}") from None
         else:
             rest.append(flag)
         i += 1

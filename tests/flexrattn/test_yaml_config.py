@@ -143,3 +143,17 @@ def test_flags_name_layers_and_masks_of_ones_own(tmp_path, flag, value, masks):
     own = "score_mods.masks.sliding_window:sliding_window_window5"
     rest = [own] * 3 + ["causal"] if "score_mods" in flag else ["sliding_window_8"] * 3 + ["causal"]
     assert [layer.attention.mask for layer in layers] == [masks.get(i, rest[i]) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--recipe_args.window", "[1"], r"--recipe_args\.window '\[1' is not valid YAML: while parsing"),
+        (["--recipe_args.window", "3", "--recipe_args.window.x", "3"], "give window as a value and as a mapping"),
+    ],
+    ids=["yaml", "below-a-value"],
+)
+def test_values_of_flags_that_cannot_be_read(tmp_path, flags, said):
+    with pytest.raises(ValueError, match=said) as error:
+        parse(write_config(tmp_path), *flags)
+    assert "\n" not in str(error.value)
