@@ -45,7 +45,8 @@ POINTS = ((1, 1024), (1, 8192), (16, 32768), (64, 8192), (256, 1024), (1, 131072
 LARGEST_AT = (32768,)
 # Steps of one sample: a multiple of every fold_every that is used, as a step that folds takes longer.
 STEPS = 16
-GATE_LAYERS, GATE_ROWS, GATE_SLOTS = 4, 3, 700
+# Few rows and many are launched in different ways.
+GATE_LAYERS, GATE_ROWS, GATE_SLOTS = 4, (3, 40, 70), 700
 # Four blocks, each of which rounds a dozen times: as train_step's gate, times the square root of the blocks.
 TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 4e-2, torch.float32: 4e-5}
 GIB = 2**30
@@ -102,16 +103,14 @@ class LibraryStep(TritonStep):
 
     kernel: str = "cuDNN"
 
-    def _attention(
-        self, attention: RAttention, layer: LayerCache, weights: Any, qkv_BX: Tensor, clock: Clock
-    ) -> Tensor:
+    def _attention(self, attention: RAttention, layer: LayerCache, weights: Any, qkv: Any, clock: Clock) -> Tensor:
         from flexrattn.decode.glue import launch_heads, row_norm_eps
 
         spec = layer.spec
         assert layer.k_BGSD is not None
         assert layer.v_BGSD is not None
         launches, heads = launch_heads(
-            qkv_BX,
+            qkv,
             H=spec.H,
             G=spec.G,
             D=spec.D,
@@ -197,7 +196,7 @@ def points_of(options: argparse.Namespace) -> list[tuple[int, int]]:
     return sorted(dict.fromkeys(points), key=lambda point: point[0] * point[1])
 
 
-def tuning_of(options: argparse.Namespace) -> Tuning:
+def tuning_of(options: argparse.Namespace, rows: int) -> Tuning:
     known = [each.name for each in dataclasses.fields(Tuning)]
     values: dict[str, int] = {}
     for given in options.tuning:
@@ -205,7 +204,7 @@ def tuning_of(options: argparse.Namespace) -> Tuning:
         if name not in known or not value.isdigit():
             raise ValueError(f"--tuning takes KEY=NUMBER with a key of {', '.join(known)}; got {given!r}")
         values[name] = int(value)
-    return Tuning(**values)
+    return dataclasses.replace(Tuning.measured(rows), **values)
 
 
 def chosen_arms(options: argparse.Namespace) -> list[Arm]:
@@ -294,8 +293,21 @@ def gate(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: tor
     exact = empty_model(config, device=device, dtype=torch.float64)
     for name, x in model.state_dict().items():
         exact.state_dict()[name].copy_(x)
+    return max(_gate(arm, model, exact, rows, slots, options, kernel) for rows in GATE_ROWS)
+
+
+def _gate(
+    arm: Arm,
+    model: RAttentionModel,
+    exact: RAttentionModel,
+    rows: int,
+    slots: int,
+    options: argparse.Namespace,
+    kernel: str,
+) -> float:
+    config, device, dtype = model.config, model.norm.weight.device, model.norm.weight.dtype
     cache, exact_cache = (
-        DecodeCache(config, rows=GATE_ROWS, max_length=slots, device=device, dtype=kind, fold_every=options.fold_every)
+        DecodeCache(config, rows=rows, max_length=slots, device=device, dtype=kind, fold_every=options.fold_every)
         for kind in (dtype, torch.float64)
     )
     # The library reads all slots, so it is right at the last token alone.
@@ -306,11 +318,11 @@ def gate(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: tor
             x.copy_(other.tensors()[name])
     set_length(exact_cache, int(cache.lengths_B[0]))
     step = make_step(arm, model, cache, kernel, options)
-    active = torch.ones(GATE_ROWS, dtype=torch.bool, device=device)
+    active = torch.ones(rows, dtype=torch.bool, device=device)
     gen = torch.Generator(device).manual_seed(options.seed)
     worst = 0.0
     for _ in range(steps):
-        token = torch.randint(512, (GATE_ROWS,), generator=gen, device=device)
+        token = torch.randint(512, (rows,), generator=gen, device=device)
         got, expected = step(token, active).double(), decode_step(exact, exact_cache, token, active)
         error = float((got - expected).norm() / expected.norm())
         worst = max(worst, error if error == error else float("inf"))
@@ -320,7 +332,7 @@ def gate(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: tor
 def make_step(
     arm: Arm, model: RAttentionModel, cache: DecodeCache, kernel: str, options: argparse.Namespace
 ) -> TritonStep:
-    tuning = tuning_of(options)
+    tuning = tuning_of(options, cache.rows)
     if not arm.library:
         return TritonStep(model, cache, tuning=tuning)
     step = LibraryStep(model, cache, tuning=tuning)
@@ -445,7 +457,7 @@ def benchmark(
     """Gate every arm, then the rows of each point."""
     about = environment(device)
     chosen = chosen_arms(options)
-    tuning_of(options)
+    tuning_of(options, 1)
     bandwidth, flops = bandwidth_and_flops(device)
     print(f"measured: {bandwidth / 1e12:.2f} TB/s copied, {flops / 1e12:.0f} TFLOP/s in bf16 products", flush=True)
     longest = max(T for _, T in [*points, *((1, T) for T in options.largest)])

@@ -134,11 +134,6 @@ class Generator:
             return
         encoded = [self.encode(prompt) for prompt in prompts]
         longest = max(map(len, encoded))
-        if longest >= self.limit:
-            raise ValueError(
-                f"the prompt has {longest} tokens, the model's limit is {self.limit} with at least one new token: "
-                "use a shorter one"
-            )
         engine = Engine(
             self.model,
             slots=min(slots or 64, len(prompts)),
@@ -163,12 +158,17 @@ class Generator:
                 yield i, streams[i].take(final=bool(ended)), ended
 
     def encode(self, prompt: str) -> list[int]:
-        """The prompt's tokens as training saw a document begin. ValueError if there is none."""
+        """The prompt's tokens as training saw a document begin. ValueError if there is none, or no room for another."""
         if not prompt:
             raise ValueError("the prompt is empty: give some text")
         tokens = self.tokenizer.encode(prompt, add_bos=True, add_eos=False)
         if not tokens:
             raise ValueError(f"the tokenizer makes no token of the prompt {prompt!r}")
+        if len(tokens) >= self.limit:
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens, the model's limit is {self.limit} with at least one new token: "
+                "use a shorter one"
+            )
         return tokens
 
 
@@ -247,6 +247,7 @@ def run(options: argparse.Namespace) -> None:
         tokenizer=options.tokenizer,
         impl=options.impl,
     )
+    generator.encode(prompt)  # a prompt that is refused is not printed
     begun = time.perf_counter()
     text = TextStream(generator.tokenizer, options.stop)
     if not options.quiet:

@@ -17,8 +17,9 @@ Letters: B rows of the cache, S slots, H query heads, G KV heads, D head width, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from flexrattn.model import RAttentionModel
 from scan_kernels import feature_dim
 from score_mods import MaskMod, mask_info, reads_ahead
 
-FORMAT = "flexrattn.decode.cache/1"
+FORMAT = "flexrattn.decode.cache/2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,11 @@ class LayerSpec:
         if self.window is None:
             return max_length
         return min(self.window + (fold_every if self.residual else 1), max_length)
+
+    def described(self) -> dict[str, Any]:
+        """What tensors of the layer mean, for a file."""
+        known: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return known | {"mask": None if self.mask is None else getattr(self.mask, "__name__", repr(self.mask))}
 
 
 def layer_spec(attention: RAttention.Config, model: RAttentionModel.Config) -> LayerSpec:
@@ -213,6 +219,7 @@ class DecodeCache:
                 part = x[index] if name == "state" else x[index][:, :, : max(longest, 1)]
                 tensors[f"layers.{i}.{name}"] = part
         metadata = {"format": FORMAT, "fold_every": str(self.fold_every), "max_length": str(self.max_length)}
+        metadata["layers"] = json.dumps([layer.spec.described() for layer in self.layers])
         contiguous = {name: x.contiguous().cpu() for name, x in tensors.items()}
         save_file(contiguous, str(path), metadata=metadata)
 
@@ -239,6 +246,7 @@ class DecodeCache:
         if longest > self.max_length:
             raise ValueError(f"{path} holds {longest} tokens, this cache has room for {self.max_length}")
         self._check_same_layers(tensors, path)
+        self._check_same_meaning(json.loads(metadata["layers"]), path)
         index = self._index(rows)
         saved_length = int(metadata["max_length"])
         self.lengths_B[index] = lengths
@@ -272,6 +280,15 @@ class DecodeCache:
                     f"{path} is the cache of another model or dtype: {name} is {tuple(saved.shape)} {saved.dtype}, "
                     f"this cache has {tuple(x.shape)} {x.dtype}"
                 )
+
+    def _check_same_meaning(self, saved: list[dict[str, Any]], path: str | Path) -> None:
+        for i, (layer, theirs) in enumerate(zip(self.layers, saved, strict=True)):
+            for name, own in layer.spec.described().items():
+                if theirs[name] != own:
+                    raise ValueError(
+                        f"{path} is the cache of another model: layer {i} there has {name} {theirs[name]!r}, "
+                        f"here {own!r}"
+                    )
 
 
 def _copy_slots(x_BGSD: Tensor, index: Tensor, saved_BGSD: Tensor, saved_slots: int, lengths: Tensor) -> None:

@@ -286,18 +286,21 @@ def _recorded_folder(checkpoint: Checkpoint) -> str:
 def export(checkpoint: Checkpoint, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
     """Write the weights alone as safetensors, with the config and the tokenizer's files: a folder that stands alone.
 
-    dtype: None keeps fp32. ValueError if the folder holds an export already. Returns the folder.
+    dtype: None keeps fp32. ValueError if the folder holds an export already, or cannot be made. Returns the folder.
     """
     from safetensors.torch import save_file
 
     folder = Path(folder)
     if (folder / WEIGHTS_FILE).exists():
         raise ValueError(f"{folder / WEIGHTS_FILE} exists already: choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write an export to {folder}: {error.strerror or error}") from None
     model = load_model(checkpoint, device="cpu", dtype=dtype or torch.float32)
     weights = {name: x.contiguous() for name, x in model.state_dict().items()}
     if model.config.enable_weight_tying:
         del weights["tok_embeddings.weight"]
-    folder.mkdir(parents=True, exist_ok=True)
     if checkpoint.config.get("tokenizer", {}).get("class") == HuggingFaceTokenizer.__name__:
         assets = Path(_recorded_folder(checkpoint))
         if assets.is_dir():

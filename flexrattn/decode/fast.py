@@ -1,7 +1,8 @@
 """A step by Triton kernels, and on a GPU as one CUDA graph: sampling included, and nothing for the host to wait for.
 
-Ten launches a layer: norm, the q, k, v product, heads (norms, rotation, the cache's new key), both branches, their sum,
-the output product, norm, and the feed-forward's two products with the gate between.
+Nine launches a layer for up to 64 rows in bf16: the q, k, v product, heads (its parts, norms, rotation, the cache's new
+key), both branches, their sum, and the output's and the feed-forward's products, which take norms and the gate in, with
+two residual additions (product.py). Otherwise cuBLAS multiplies, and norms and gate are launches of their own.
 q, k, v and gate, up are one product each: their weights are moved behind one another, and the modules keep views.
 
 Letters: B rows, W model width, the others as in cache.py.
@@ -27,7 +28,8 @@ from flexrattn.decode.step import finish_step
 from flexrattn.model import Block, RAttentionModel
 
 if TYPE_CHECKING:
-    from flexrattn.decode.glue import Heads
+    from flexrattn.decode.glue import Heads, Unscaled
+    from flexrattn.decode.product import FusedProducts
     from scan_kernels.kernels.decode_attention import LinearBranch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -93,13 +95,15 @@ class Tuning:
     """How the kernels are launched; nothing here changes what is computed.
 
     resident: programs that a multiprocessor is taken to run at a time, for the number of splits of the keys;
-    ring_resident: in a layer with a linear branch. split_products: 1, or 0 for cuBLAS alone. The others, of a layer
-    with a linear branch: `launch_decode_attention_fwd`.
+    ring_resident: in a layer with a linear branch. fused_products: 1, or 0 for cuBLAS. late_pending: 1 makes the
+    features of pending keys with the heads, 0 in a program beside both branches. The others, of a layer with a linear
+    branch: `launch_decode_attention_fwd`.
     """
 
     resident: int = 3
     ring_resident: int = 4
-    split_products: int = 1
+    fused_products: int = 1
+    late_pending: int = 0
     num_warps: int = 1
     num_stages: int = 3
     block_s: int = 32
@@ -107,10 +111,20 @@ class Tuning:
     block_v: int = 32
     state_stages: int = 3
 
+    @classmethod
+    def measured(cls, rows: int) -> Tuning:
+        """What was fastest on an H200 with 1, 16, 64 and, as far as it was looked at, 256 rows of the 3b model."""
+        if rows <= 16:
+            return cls(state_stages=8) if rows < 16 else cls()
+        if rows <= 64:
+            return cls(ring_resident=9, num_stages=4, block_s=16, state_stages=6)
+        return cls(late_pending=1)
+
     def of_both_branches(self) -> dict[str, int]:
         """Options of `launch_decode_attention_fwd` for a layer with a linear branch."""
         options = dataclasses.asdict(self)
-        return {name: options[name] for name in options if name not in ("resident", "ring_resident", "split_products")}
+        others = ("resident", "ring_resident", "fused_products", "late_pending")
+        return {name: options[name] for name in options if name not in others}
 
 
 class TritonStep:
@@ -133,8 +147,9 @@ class TritonStep:
         if multiprocessors is None:
             on_gpu = cache.device.type == "cuda"
             multiprocessors = torch.cuda.get_device_properties(cache.device).multi_processor_count if on_gpu else 4
-        self.model, self.cache, self.tuning = model, cache, tuning or Tuning()
+        self.model, self.cache, self.tuning = model, cache, tuning or Tuning.measured(cache.rows)
         self.multiprocessors = multiprocessors
+        self.products = self._fused_products()
         self.weights = [
             self._prepare(block, layer) for block, layer in zip(model.layers.values(), cache.layers, strict=True)
         ]
@@ -158,17 +173,64 @@ class TritonStep:
             ),
         )
 
+    def _fused_products(self) -> FusedProducts | None:
+        """None where cuBLAS takes the products: many rows, other dtypes (a sum in fp16 could overflow), odd widths."""
+        from flexrattn.decode.product import FusedProducts
+
+        if not self.tuning.fused_products or not (self.cache.dtype == torch.bfloat16 or _interpreted()):
+            return None
+        weights: list[tuple[Tensor, bool]] = []
+        for block in self.model.layers.values():
+            qkv, gate_up = joined_weights(block)
+            one_by_one = qkv, block.attention.wo.weight, block.feed_forward.w2.weight
+            weights += [*((weight, False) for weight in one_by_one), (gate_up, True)]
+        return FusedProducts.build(
+            weights,
+            rows=self.cache.rows,
+            W=self.model.norm.weight.shape[0],
+            multiprocessors=self.multiprocessors,
+        )
+
     @torch.no_grad()
     def __call__(self, token_B: Tensor, active_B: Tensor) -> Tensor:
         """Logits (B, V) behind one more token of every active row; the cache takes the tokens in."""
+        clock = make_clock(self.cache, active_B)
+        if self.products is None:
+            logits_BV = self._layers(token_B, clock)
+        else:
+            logits_BV = self._fused_layers(self.products, token_B, clock)
+        finish_step(self.cache, clock.absorbed_after, active_B)
+        return logits_BV
+
+    def _fused_layers(self, products: FusedProducts, token_B: Tensor, clock: Clock) -> Tensor:
+        from flexrattn.decode.glue import launch_add_norm, row_norm_eps
+
+        model = self.model
+        norms = [*(block.attention_norm for block in model.layers.values()), model.norm]
+        products.embed(token_B, model.tok_embeddings.weight, norms[0])
+        for i, (block, layer, weights) in enumerate(
+            zip(model.layers.values(), self.cache.layers, self.weights, strict=True)
+        ):
+            ffn = block.feed_forward
+            qkv = products.unscaled(weights.qkv_XW, norms[i])
+            o_BHD = self._attention(block.attention, layer, weights, qkv, clock)
+            products.add(o_BHD.flatten(1), block.attention.wo.weight, next_norm=block.ffn_norm)
+            gated_BK = products.normed(weights.gate_up_XW, block.ffn_norm, activation=ffn.activation)
+            products.add(gated_BK, ffn.w2.weight, next_norm=norms[i + 1])
+        if products.takes(model.lm_head.weight):
+            return products.normed(model.lm_head.weight, model.norm)
+        x_BW = torch.empty_like(products.h)
+        launch_add_norm(products.h, None, model.norm.weight, row_norm_eps(model.norm), x_BW).run()
+        return x_BW @ model.lm_head.weight.T
+
+    def _layers(self, token_B: Tensor, clock: Clock) -> Tensor:
         from flexrattn.decode.glue import launch_add_norm, launch_gate, row_norm_eps
 
-        model, cache = self.model, self.cache
-        clock = make_clock(cache, active_B)
+        model = self.model
         h_BW = model.tok_embeddings(token_B)
         x_BW = torch.empty_like(h_BW)
         delta: Tensor | None = None
-        for block, layer, weights in zip(model.layers.values(), cache.layers, self.weights, strict=True):
+        for block, layer, weights in zip(model.layers.values(), self.cache.layers, self.weights, strict=True):
             norm = block.attention_norm
             launch_add_norm(h_BW, delta, norm.weight, row_norm_eps(norm), x_BW).run()
             o_BHD = self._attention(block.attention, layer, weights, x_BW @ weights.qkv_XW.T, clock)
@@ -180,22 +242,19 @@ class TritonStep:
             launch_gate(gate_up, gated, activation=block.feed_forward.activation).run()
             delta = self._product(gated, block.feed_forward.w2.weight)
         launch_add_norm(h_BW, delta, model.norm.weight, row_norm_eps(model.norm), x_BW).run()
-        finish_step(cache, clock.absorbed_after, active_B)
         return x_BW @ model.lm_head.weight.T
 
     def _product(self, x_BK: Tensor, weight_NK: Tensor) -> Tensor:
         """x W^T (B, N), or its parts (parts, B, N)."""
-        from flexrattn.decode.product import launch_split_product, parts_of
+        from flexrattn.decode.product import split_product
 
-        parts = parts_of(len(x_BK), weight_NK, multiprocessors=self.multiprocessors)
-        if parts == 1 or not self.tuning.split_products:
-            return x_BK @ weight_NK.T
-        launch, out = launch_split_product(x_BK, weight_NK, parts)
-        launch.run()
-        return out
+        parts = None
+        if self.tuning.fused_products:
+            parts = split_product(x_BK, weight_NK, multiprocessors=self.multiprocessors)
+        return x_BK @ weight_NK.T if parts is None else parts
 
     def _attention(
-        self, attention: RAttention, layer: LayerCache, weights: _Weights, qkv_BX: Tensor, clock: Clock
+        self, attention: RAttention, layer: LayerCache, weights: _Weights, qkv: Tensor | Unscaled, clock: Clock
     ) -> Tensor:
         from flexrattn.decode.glue import launch_heads, row_norm_eps
         from scan_kernels.kernels.decode_attention import SoftmaxBranch, launch_decode_attention_fwd
@@ -209,9 +268,11 @@ class TritonStep:
             norms = attention.q_norm.weight, attention.k_norm.weight, row_norm_eps(attention.q_norm)
         if attention.q_scale is not None and attention.k_scale is not None:
             scales = attention.q_scale.weight, attention.k_scale.weight
-        absorbed_B = clock.absorbed[spec.window] if spec.residual and spec.window is not None else None
+        absorbed_B = absorbed_after_B = None
+        if spec.residual and spec.window is not None:
+            absorbed_B, absorbed_after_B = clock.absorbed[spec.window], clock.absorbed_after[spec.window]
         launches, heads = launch_heads(
-            qkv_BX,
+            qkv,
             H=spec.H,
             G=spec.G,
             D=spec.D,
@@ -224,10 +285,12 @@ class TritonStep:
             feature_map=spec.feature_map if spec.residual else None,
             window=spec.window,
             absorbed_B=absorbed_B,
+            absorbed_after_B=absorbed_after_B,
+            pending=bool(self.tuning.late_pending),
         )
         for launch in launches:
             launch.run()
-        linear = self._linear_branch(layer, weights, heads, clock) if spec.residual else None
+        linear = self._linear_branch(attention, layer, weights, heads, clock) if spec.residual else None
         softmax = None
         if k_BGSD is not None and v_BGSD is not None:
             assert heads.q_softmax is not None
@@ -243,7 +306,7 @@ class TritonStep:
         position_B, active_B = clock.position_B, clock.active_B
         launch, parts = launch_decode_attention_fwd(softmax, linear, position_B, active_B, **tuning)
         launch.run()
-        out_BHD = qkv_BX.new_empty(qkv_BX.shape[0], spec.H, spec.D)
+        out_BHD = torch.empty(self.cache.rows, spec.H, spec.D, dtype=self.cache.dtype, device=self.cache.device)
         norm = attention.swa_norm or attention.rla_norm
         launch_decode_combine(
             parts,
@@ -257,7 +320,9 @@ class TritonStep:
         ).run()
         return out_BHD
 
-    def _linear_branch(self, layer: LayerCache, weights: _Weights, heads: Heads, clock: Clock) -> LinearBranch:
+    def _linear_branch(
+        self, attention: RAttention, layer: LayerCache, weights: _Weights, heads: Heads, clock: Clock
+    ) -> LinearBranch:
         from scan_kernels.kernels.decode_attention import LinearBranch
 
         window = layer.spec.window
@@ -273,6 +338,10 @@ class TritonStep:
             state=layer.state_BGFD,
             start=weights.start_HFD,
             window=0 if window is None else window,
+            all_features=bool(self.tuning.late_pending) and window is not None,
+            feature_map=layer.spec.feature_map,
+            table=None if attention.rope is None else attention.rope.cache,
+            k_scale=None if attention.k_scale is None else attention.k_scale.weight,
             absorbed=None if window is None else clock.absorbed[window],
             absorbed_after=None if window is None else clock.absorbed_after[window],
         )

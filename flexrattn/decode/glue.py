@@ -57,6 +57,39 @@ def launch_add_norm(h_BW: Tensor, delta: Tensor | None, weight_W: Tensor, eps: f
 
 
 @triton.jit
+def embed_kernel(token, table, weight, h, x, squares, W, BLOCKS: tl.constexpr, BLOCK_W: tl.constexpr):
+    """h = the token's row, x = h * weight, and the sum of h^2 as the first of BLOCKS: `product_kernel` goes on."""
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    o_w, o_s = tl.arange(0, BLOCK_W), tl.arange(0, BLOCKS)
+    m_w = o_w < W
+    b_h = tl.load(table + tl.load(token + row) * W + o_w, mask=m_w, other=0.0)
+    y = b_h.to(tl.float32)
+    tl.store(h + row * W + o_w, b_h, mask=m_w)
+    b_x = y * tl.load(weight + o_w, mask=m_w, other=0.0).to(tl.float32)
+    tl.store(x + row * W + o_w, b_x.to(x.dtype.element_ty), mask=m_w)
+    tl.store(squares + o_s * rows + row, tl.where(o_s == 0, tl.sum(y * y, 0), 0.0))
+
+
+def launch_embed(
+    token_B: Tensor, table_VW: Tensor, weight_W: Tensor, h_BW: Tensor, x_BW: Tensor, squares: Tensor
+) -> Launch:
+    """squares: (blocks, B) fp32, a power of two of blocks."""
+    B, W = h_BW.shape
+    args = {
+        "token": token_B,
+        "table": table_VW,
+        "weight": weight_W,
+        "h": h_BW,
+        "x": x_BW,
+        "squares": squares,
+        "W": W,
+        "BLOCKS": len(squares),
+        "BLOCK_W": triton.next_power_of_2(W),
+    }
+    return Launch(embed_kernel, (B,), args, {"num_warps": 4, "num_stages": 1})
+
+
+@triton.jit
 def _unrotated(p_k, table, t, D: tl.constexpr):
     """A key of the ring before RoPE, fp32."""
     o_d = tl.arange(0, D)
@@ -71,8 +104,23 @@ def _unrotated(p_k, table, t, D: tl.constexpr):
 
 
 @triton.jit
+def _projected(qkv, squares, b, o_x, X, eps, W, PARTS: tl.constexpr, SQUARES: tl.constexpr, DTYPE: tl.constexpr):
+    """Elements of row b of the q, k, v product, rounded as it rounds, in fp32. Its parts may have to be added up, and
+    divided by the norm."""
+    y = tl.load(qkv + b * X + o_x).to(tl.float32)
+    if squares is not None:
+        B = tl.num_programs(1)
+        for i in tl.static_range(1, PARTS):
+            y += tl.load(qkv + (i * B + b) * X + o_x)
+        o_s = tl.arange(0, SQUARES)
+        y = (y * tl.rsqrt(tl.sum(tl.load(squares + o_s * B + b), 0) / W + eps)).to(DTYPE).to(tl.float32)
+    return y
+
+
+@triton.jit
 def heads_kernel(
     qkv,
+    squares,
     q_weight,
     k_weight,
     q_scale,
@@ -81,6 +129,7 @@ def heads_kernel(
     length,
     active,
     absorbed,
+    absorbed_after,
     q_softmax,
     phi_q,
     k_cache,
@@ -91,33 +140,43 @@ def heads_kernel(
     P,
     window,
     eps,
+    norm_eps,
+    W,
     first_program,
+    PARTS: tl.constexpr,
+    SQUARES: tl.constexpr,
+    DTYPE: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     MAP: tl.constexpr,
     HALVES: tl.constexpr,
+    PENDING: tl.constexpr,
 ):
     """One head of one row's q, k or v: its norm, its rotation, its places. Outputs that are None are not wanted.
 
-    The programs behind those: features of one key of the ring that is not yet in the state.
+    The programs behind those: features of one key of the ring that enters the state in this step, or, with PENDING,
+    that is not in the state yet.
     """
     head, b = tl.program_id(0) + first_program, tl.program_id(1).to(tl.int64)
-    o_d = tl.arange(0, D)
+    o_d, X = tl.arange(0, D), (H + 2 * G) * D
     t = tl.load(length + b)
     runs = tl.load(active + b) != 0
     if head >= H + 2 * G:
         if absorbed is not None:
             g, i = (head - H - 2 * G) // P, (head - H - 2 * G) % P
             position = tl.load(absorbed + b) + i
-            if runs and position <= t - window:
+            end = tl.load(absorbed_after + b)
+            if PENDING:
+                end = tl.where(runs, t - window + 1, end)
+            if position < end:
                 x = _unrotated(k_cache + ((b * G + g) * S + position % S) * D, table, position, D)
                 if k_scale is not None:
                     x = x * tl.load(k_scale + o_d).to(tl.float32)
                 store_features(phi_k + ((b * G + g) * P + i) * HALVES * D, x, D, MAP, HALVES)
     elif head >= H + G:
         g = head - H - G
-        x = tl.load(qkv + (b * (H + 2 * G) + head) * D + o_d)
+        x = _projected(qkv, squares, b, head * D + o_d, X, norm_eps, W, PARTS, SQUARES, DTYPE).to(DTYPE)
         if v_cache is not None and runs:
             tl.store(v_cache + ((b * G + g) * S + t % S) * D + o_d, x)
         if v_linear is not None:
@@ -125,18 +184,15 @@ def heads_kernel(
     else:
         half: tl.constexpr = D // 2
         o_partner = (o_d + half) % D
-        p_x = qkv + (b * (H + 2 * G) + head) * D
-        x = tl.load(p_x + o_d)
-        dtype = x.dtype
-        y = x.to(tl.float32)
-        partner = tl.load(p_x + o_partner).to(tl.float32)
+        y = _projected(qkv, squares, b, head * D + o_d, X, norm_eps, W, PARTS, SQUARES, DTYPE)
+        partner = _projected(qkv, squares, b, head * D + o_partner, X, norm_eps, W, PARTS, SQUARES, DTYPE)
         if q_weight is not None:
             weight = k_weight
             if head < H:
                 weight = q_weight
             inverse = tl.rsqrt(tl.sum(y * y, 0) / D + eps)
-            y = (y * inverse * tl.load(weight + o_d).to(tl.float32)).to(dtype).to(tl.float32)
-            partner = (partner * inverse * tl.load(weight + o_partner).to(tl.float32)).to(dtype).to(tl.float32)
+            y = (y * inverse * tl.load(weight + o_d).to(tl.float32)).to(DTYPE).to(tl.float32)
+            partner = (partner * inverse * tl.load(weight + o_partner).to(tl.float32)).to(DTYPE).to(tl.float32)
         rotated = y
         if table is not None:
             cos = tl.load(table + t * 2 * D + o_d)
@@ -144,18 +200,18 @@ def heads_kernel(
             rotated = y * cos + tl.where(o_d < half, -partner, partner) * sin
         if head < H:
             if q_softmax is not None:
-                tl.store(q_softmax + (b * H + head) * D + o_d, rotated.to(dtype))
+                tl.store(q_softmax + (b * H + head) * D + o_d, rotated.to(DTYPE))
             if phi_q is not None:
                 if q_scale is not None:
-                    y = (y * tl.load(q_scale + o_d).to(tl.float32)).to(dtype).to(tl.float32)
+                    y = (y * tl.load(q_scale + o_d).to(tl.float32)).to(DTYPE).to(tl.float32)
                 store_features(phi_q + (b * H + head) * HALVES * D, y, D, MAP, HALVES)
         else:
             g = head - H
             if k_cache is not None and runs:
-                tl.store(k_cache + ((b * G + g) * S + t % S) * D + o_d, rotated.to(dtype))
+                tl.store(k_cache + ((b * G + g) * S + t % S) * D + o_d, rotated.to(DTYPE))
             if v_linear is not None:
                 if k_scale is not None:
-                    y = (y * tl.load(k_scale + o_d).to(tl.float32)).to(dtype).to(tl.float32)
+                    y = (y * tl.load(k_scale + o_d).to(tl.float32)).to(DTYPE).to(tl.float32)
                 store_features(phi_k + (b * G + g) * HALVES * D, y, D, MAP, HALVES)
 
 
@@ -193,8 +249,8 @@ def launch_gate(gate_up_BW: Tensor, out_BW: Tensor, *, activation: str) -> Launc
 class Heads:
     """What `launch_heads` writes beside the cache; None where a layer has no such branch.
 
-    q_softmax (B, H, D) after RoPE. phi_q (B, H, F) and phi_k (B, G, P, F), fp32: of the keys that are not in the state,
-    or, without a ring, of the token's own with its v_linear (B, G, D).
+    q_softmax (B, H, D) after RoPE. phi_q (B, H, F) and phi_k (B, G, P, F), fp32: of the keys that enter the state in
+    this step, or of all that are not in it; without a ring of the token's own, with its v_linear (B, G, D).
     """
 
     q_softmax: Tensor | None
@@ -203,8 +259,25 @@ class Heads:
     v_linear: Tensor | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unscaled:
+    """A product behind a norm: the sum of parts (parts, B, X), fp32, over sqrt(sum of squares (blocks, B) / W + eps).
+
+    dtype: what it is rounded to.
+    """
+
+    parts: Tensor
+    squares: Tensor
+    eps: float
+    W: int
+    dtype: torch.dtype
+
+
+_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
 def launch_heads(
-    qkv_BX: Tensor,
+    qkv: Tensor | Unscaled,
     *,
     H: int,
     G: int,
@@ -218,13 +291,17 @@ def launch_heads(
     feature_map: str | None,
     window: int | None = None,
     absorbed_B: Tensor | None = None,
+    absorbed_after_B: Tensor | None = None,
+    pending: bool = False,
 ) -> tuple[list[Launch], Heads]:
     """The launches in their order, and their outputs.
 
     cache: k and v (B, G, S, D), which take token t in. feature_map: of the linear branch, if the layer has one; window
-    and absorbed_B belong to it and to the ring.
+    and absorbed_B before and after belong to it and to the ring. pending: features of keys that only later enter.
     """
-    B, alone, linear = qkv_BX.shape[0], cache is None, feature_map is not None
+    dtype, qkv_x = (qkv.dtype, qkv) if isinstance(qkv, Tensor) else (qkv.dtype, qkv.parts)
+    norm = qkv if isinstance(qkv, Unscaled) else None
+    B, alone, linear = qkv_x.shape[-2], cache is None, feature_map is not None
     k_cache, v_cache = cache or (None, None)
     S = 1 if k_cache is None else k_cache.shape[2]
     behind = 0 if window is None else window
@@ -233,15 +310,16 @@ def launch_heads(
     # A ring holds a window and P keys, unless the longest sequence is shorter.
     P = max(S - behind, 1) if absorbed_B is not None else 1
     heads = Heads(
-        q_softmax=None if alone else qkv_BX.new_empty(B, H, D),
-        phi_q=qkv_BX.new_empty(B, H, F, dtype=torch.float32) if linear else None,
-        phi_k=qkv_BX.new_empty(B, G, P, F, dtype=torch.float32) if linear else None,
-        v_linear=qkv_BX.new_empty(B, G, D) if alone else None,
+        q_softmax=None if alone else qkv_x.new_empty(B, H, D, dtype=dtype),
+        phi_q=qkv_x.new_empty(B, H, F, dtype=torch.float32) if linear else None,
+        phi_k=qkv_x.new_empty(B, G, P, F, dtype=torch.float32) if linear else None,
+        v_linear=qkv_x.new_empty(B, G, D, dtype=dtype) if alone else None,
     )
     q_weight, k_weight, eps = norms or (None, None, 0.0)
     q_scale, k_scale = scales or (None, None)
     args = {
-        "qkv": qkv_BX,
+        "qkv": qkv_x,
+        "squares": None if norm is None else norm.squares,
         "q_weight": q_weight,
         "k_weight": k_weight,
         "q_scale": q_scale,
@@ -250,6 +328,7 @@ def launch_heads(
         "length": length_B,
         "active": active_B.view(torch.uint8),
         "absorbed": absorbed_B,
+        "absorbed_after": absorbed_after_B,
         "q_softmax": heads.q_softmax,
         "phi_q": heads.phi_q,
         "k_cache": k_cache,
@@ -260,20 +339,26 @@ def launch_heads(
         "P": P,
         "window": behind,
         "eps": eps,
+        "norm_eps": 0.0 if norm is None else norm.eps,
+        "W": 1 if norm is None else norm.W,
         "first_program": 0,
+        "PARTS": 1 if norm is None else len(norm.parts),
+        "SQUARES": 1 if norm is None else len(norm.squares),
+        "DTYPE": _TRITON[dtype],
         "H": H,
         "G": G,
         "D": D,
+        "PENDING": pending,
         **maps,
     }
     options = {"num_warps": 1, "num_stages": 1}
-    own, pending = H + 2 * G, 0 if absorbed_B is None else G * P
-    if pending and behind == 0:
+    own, of_ring = H + 2 * G, 0 if absorbed_B is None else G * P
+    if of_ring and behind == 0:
         # The token's own key is one of them: the second launch reads what the first writes.
         later = args | {"first_program": own}
-        launches = [Launch(heads_kernel, (own, B), args, options), Launch(heads_kernel, (pending, B), later, options)]
+        launches = [Launch(heads_kernel, (own, B), args, options), Launch(heads_kernel, (of_ring, B), later, options)]
     else:
-        launches = [Launch(heads_kernel, (own + pending, B), args, options)]
+        launches = [Launch(heads_kernel, (own + of_ring, B), args, options)]
     return launches, heads
 
 

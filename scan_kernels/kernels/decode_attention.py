@@ -1,7 +1,7 @@
 """Decode: both branches of one token in one launch, so that what bounds both, reading the cache, never pauses.
 
-The first programs of a KV head read its state (decode_state.py), the others its keys and values (decode_softmax.py);
-a layer may have one branch alone. Their parts are put together in decode_combine.py.
+The first programs of a KV head read its state and the pending keys behind it (decode_state.py), the others its keys and
+values (decode_softmax.py); a layer may have one branch alone. Their parts are put together in decode_combine.py.
 
 Letters: B rows, G KV heads, R query heads of a KV head, S slots, D width of a head; F = D or 2D features, P features of
 pending keys.
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scan_kernels.kernels.decode_softmax import softmax_split
-from scan_kernels.kernels.decode_state import state_block
+from scan_kernels.kernels.decode_state import map_options, pending_keys, state_block
 from scan_kernels.kernels.launch import Launch, precision
 
 
@@ -36,6 +36,9 @@ def decode_attention_fwd_kernel(
     state,
     start,
     read,
+    table,
+    k_scale,
+    pending_read,
     absorbed,
     absorbed_after,
     S,
@@ -57,6 +60,10 @@ def decode_attention_fwd_kernel(
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
     STATE_PROGRAMS: tl.constexpr,
+    PENDING_PROGRAMS: tl.constexpr,
+    PENDING_TILE: tl.constexpr,
+    MAP: tl.constexpr,
+    HALVES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     program, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -87,6 +94,29 @@ def decode_attention_fwd_kernel(
                 BLOCK_V=BLOCK_V,
                 STAGES=STAGES,
             )
+    elif program < STATE_PROGRAMS + PENDING_PROGRAMS:
+        if pending_read is not None:
+            pending_keys(
+                phi_q,
+                k,
+                v,
+                table,
+                k_scale,
+                pending_read,
+                length,
+                active,
+                absorbed,
+                bg,
+                S,
+                window,
+                G=G,
+                R=R,
+                D=D,
+                MAP=MAP,
+                HALVES=HALVES,
+                BLOCK_H=BLOCK_H,
+                BLOCK_P=PENDING_TILE,
+            )
     else:
         if partial is not None:
             softmax_split(
@@ -98,7 +128,7 @@ def decode_attention_fwd_kernel(
                 partial,
                 partial_max,
                 partial_sum,
-                program - STATE_PROGRAMS,
+                program - STATE_PROGRAMS - PENDING_PROGRAMS,
                 bg,
                 S,
                 window,
@@ -131,6 +161,8 @@ class LinearBranch:
     """phi_q (B, H, F), phi_k (B, G, P, F), state (B, G, F, D), all fp32, start the same (H, F, D) or None.
 
     v: the ring (B, G, S, D) with absorbed and absorbed_after; without these the token's own (B, G, D), phi_k of P = 1.
+    phi_k: of the keys that enter the state; if all_features of all that are not in it. Otherwise a program makes those
+    from the ring: table (positions, 2D) has the ring's rotations, if it has any; k_scale (D,) or None.
     """
 
     phi_q: Tensor
@@ -139,6 +171,10 @@ class LinearBranch:
     state: Tensor
     start: Tensor | None = None
     window: int = 0
+    all_features: bool = False
+    feature_map: str = "softmax"
+    table: Tensor | None = None
+    k_scale: Tensor | None = None
     absorbed: Tensor | None = None
     absorbed_after: Tensor | None = None
 
@@ -147,11 +183,13 @@ class LinearBranch:
 class Parts:
     """What the kernel leaves, all fp32, None for a branch that is not there.
 
-    softmax: sums (B, G, splits, R, D), maxima and weights (B, G, splits, R). read: (B, H, D).
+    softmax: sums (B, G, splits, R, D), maxima and weights (B, G, splits, R). read, pending: (B, H, D), what the state
+    and, unless their features are given, the keys behind it give.
     """
 
     softmax: tuple[Tensor, Tensor, Tensor] | None
     read: Tensor | None
+    pending: Tensor | None
 
 
 def launch_decode_attention_fwd(
@@ -175,9 +213,11 @@ def launch_decode_attention_fwd(
     args: dict[str, Any] = dict.fromkeys(
         ("q", "k", "partial", "partial_max", "partial_sum", "phi_q", "phi_k", "state", "start", "read")
     )
+    args |= dict.fromkeys(("table", "k_scale", "pending_read"))
     args |= {"absorbed": None, "absorbed_after": None, "S": 0, "P": 0, "window": 0, "splits": 0, "scale_log2": 0.0}
     options = {"R": 1, "F": 0, "WINDOWED": False, "RING": False, "BLOCK_R": 16, "BLOCK_S": 16, "STATE_PROGRAMS": 0}
-    parts, read, programs = None, None, 0
+    options |= {"PENDING_PROGRAMS": 0, "MAP": 0, "HALVES": 1}
+    parts, read, pending, programs, pending_tile = None, None, None, 0, 8
     if softmax is not None:
         B, H, D = softmax.q.shape
         G, S = softmax.k.shape[1:3]
@@ -213,6 +253,11 @@ def launch_decode_attention_fwd(
         v, ring = linear.v, linear.absorbed is not None
         read = torch.empty(B, H, D, dtype=torch.float32, device=v.device)
         block_f, block_v = min(block_f, F), min(block_v, D)
+        if linear.start is not None:
+            # It comes for every head, and takes the registers and the shared memory of more stages and keys.
+            state_stages, pending_tile = min(state_stages, 3), 4
+        if softmax is None:
+            state_stages = min(state_stages, 3)
         args |= {
             "phi_q": linear.phi_q,
             "phi_k": linear.phi_k,
@@ -224,12 +269,24 @@ def launch_decode_attention_fwd(
             "S": v.shape[2] if ring else 0,
             "P": linear.phi_k.shape[2],
         }
-        options |= {"R": H // G, "F": F, "RING": ring, "STATE_PROGRAMS": D // block_v}
+        options |= {
+            "R": H // G,
+            "F": F,
+            "RING": ring,
+            "STATE_PROGRAMS": D // block_v,
+            **map_options(linear.feature_map),
+        }
         programs += D // block_v
+        if ring and linear.phi_k.shape[2] > 1 and not linear.all_features:
+            pending = torch.empty_like(read)
+            args |= {"table": linear.table, "k_scale": linear.k_scale, "pending_read": pending}
+            options["PENDING_PROGRAMS"] = 1
+            programs += 1
     args |= {"v": v, "length": length_B, "active": active_B.view(torch.uint8), "G": G, "D": D}
     args |= options | {
         "BLOCK_H": triton.next_power_of_2(options["R"]),
         "BLOCK_P": min(8, triton.next_power_of_2(max(args["P"], 1))),
+        "PENDING_TILE": min(pending_tile, triton.next_power_of_2(max(args["P"] - 1, 1))),
         "BLOCK_F": block_f,
         "BLOCK_V": block_v,
         "STAGES": state_stages,
@@ -241,4 +298,4 @@ def launch_decode_attention_fwd(
     launch = Launch(
         decode_attention_fwd_kernel, (programs, B * G), args, {"num_warps": num_warps, "num_stages": num_stages}
     )
-    return launch, Parts(softmax=parts, read=read)
+    return launch, Parts(softmax=parts, read=read, pending=pending)

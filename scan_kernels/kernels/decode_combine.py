@@ -2,7 +2,7 @@
 
     out = norm(sum over splits of 2^(max_i - max) o_i / sum over splits of 2^(max_i - max) s_i) + norm(linear branch)
 
-The linear branch is what the state's blocks of features gave, and, with a ring, the pending keys:
+The linear branch is what the state gave and what the pending keys gave; those may be left to be added here:
 
     sum over absorbed <= p <= t - window - 1 of (phi(q_t) . phi(k_p)) v_p
 
@@ -32,6 +32,7 @@ def decode_combine_kernel(
     partial_max,
     partial_sum,
     read,
+    pending_read,
     phi_q,
     phi_k,
     v,
@@ -55,14 +56,14 @@ def decode_combine_kernel(
 ):
     """norm(softmax branch) + norm(linear branch) of one query head; a branch or its norm may be None."""
     bh = tl.program_id(0).to(tl.int64)
-    h, b = bh % H, bh // H
-    bg, r = bh // R, bh % R
+    h, bg, r = bh % H, bh // R, bh % R
     o_d = tl.arange(0, D)
     b_l = tl.zeros((D,), tl.float32)
     # One wait for all that the linear branch needs, and it is under way before the splits are waited for.
     if read is not None:
         b_read = tl.load(read + bh * D + o_d)
-        if absorbed is not None:
+        if phi_k is not None:
+            b = bh // H
             before = tl.load(absorbed + b)
             pending = tl.where(tl.load(active + b) != 0, tl.load(length + b) - window - before, 0).to(tl.int32)
             b_q = tl.load(phi_q + bh * F + tl.arange(0, F))
@@ -77,6 +78,8 @@ def decode_combine_kernel(
                 # Behind the pending keys lie features that nobody wrote.
                 weight = tl.sum(tl.where(m_p[:, None], b_k * b_q[None, :], 0.0), 1)
                 b_l += tl.sum(weight[:, None] * value, 0)
+        if pending_read is not None:
+            b_read += tl.load(pending_read + bh * D + o_d)
         b_l += b_read
         if linear_weight is not None:
             b_l = _head_norm(b_l, tl.load(linear_weight + h * D + o_d).to(tl.float32), eps, D)
@@ -119,34 +122,35 @@ def launch_decode_combine(
     """`out` = norm(softmax branch) + norm(linear branch); parts as `launch_decode_attention_fwd` returns them."""
     B, H, D = out_BHD.shape
     partial, partial_max, partial_sum = parts.softmax or (None, None, None)
-    G = linear.state.shape[1] if linear is not None else partial.shape[1] if partial is not None else H
-    P = 0 if linear is None else linear.phi_k.shape[2]
     splits = 0 if partial is None else partial.shape[2]
+    late = linear if linear is not None and linear.all_features else None
+    P = 0 if late is None else late.phi_k.shape[2]
     args = {
         "partial": partial,
         "partial_max": partial_max,
         "partial_sum": partial_sum,
         "read": parts.read,
-        "phi_q": None if linear is None else linear.phi_q,
-        "phi_k": None if linear is None else linear.phi_k,
-        "v": None if linear is None else linear.v,
+        "pending_read": parts.pending,
+        "phi_q": None if late is None else late.phi_q,
+        "phi_k": None if late is None else late.phi_k,
+        "v": None if late is None else late.v,
         "length": length_B,
         "active": active_B.view(torch.uint8),
-        "absorbed": None if linear is None else linear.absorbed,
+        "absorbed": None if late is None else late.absorbed,
         "softmax_weight": softmax_weight,
         "linear_weight": linear_weight,
         "out": out_BHD,
         "splits": splits,
-        "S": 0 if linear is None else linear.v.shape[2],
+        "S": 0 if late is None else late.v.shape[2],
         "P": P,
-        "window": 0 if linear is None else linear.window,
+        "window": 0 if late is None else late.window,
         "eps": eps,
-        "R": H // G,
+        "R": H if partial is None else partial.shape[3],
         "H": H,
         "D": D,
-        "F": 0 if linear is None else linear.phi_q.shape[2],
-        "BLOCK_SPLITS": min(64, triton.next_power_of_2(max(splits, 1))),
+        "F": 0 if late is None else late.phi_q.shape[2],
         "BLOCK_P": min(8, triton.next_power_of_2(max(P, 1))),
+        "BLOCK_SPLITS": min(64, triton.next_power_of_2(max(splits, 1))),
     }
     # One warp: sums across warps would take longer than all else. Many splits need more registers than it has.
     num_warps = 1 if D <= 128 and splits <= 16 else 4

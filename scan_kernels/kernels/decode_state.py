@@ -3,9 +3,10 @@
     o_t = phi(q_t) (S + sum over absorbed <= p <= t - window - 1 of phi(k_p)^T v_p)
 
 The state S holds the keys p < absorbed. What it gives to a query is computed here, a block of columns a program, for
-all heads of a group; the pending keys behind it are added where the parts are put together (decode_combine.py), from
-features that are made once a step. Where `absorbed_after` says so, all pending keys and key t - window, which the next
-query reads, are added to the state, and it is stored. It is fp32 throughout and rounded nowhere.
+all heads of a group. The pending keys behind it are taken from the ring by another program, or, where the rows are
+many, added where the parts are put together (decode_combine.py), from features made before. Where `absorbed_after`
+says so, all pending keys and key t - window, which the next query reads, are added to the state, and it is stored. It
+is fp32 throughout and rounded nowhere.
 Without a softmax branch (window None) key t enters before the read, every step.
 
 Letters: decode_attention.py, whose kernel calls this.
@@ -49,6 +50,73 @@ def store_features(p_phi, x, D: tl.constexpr, MAP: tl.constexpr, HALVES: tl.cons
     tl.store(p_phi + o_d, _phi(x, MAP))
     if HALVES == 2:
         tl.store(p_phi + D + o_d, _phi(-x, MAP))
+
+
+@triton.jit
+def _phi_rows(x, MAP: tl.constexpr):
+    """A half of phi of each row, fp32."""
+    if MAP == SOFTMAX:
+        e = tl.exp2((x - tl.max(x, 1)[:, None]) * LOG2E)
+        x = e * (1.0 / tl.sum(e, 1))[:, None]
+    elif MAP == RELU:
+        x = tl.maximum(x, 0.0)
+    return x
+
+
+@triton.jit
+def pending_keys(
+    phi_q,
+    k,
+    v,
+    table,
+    k_scale,
+    pending_read,
+    length,
+    active,
+    absorbed,
+    bg,
+    S,
+    window,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    MAP: tl.constexpr,
+    HALVES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """What the keys absorbed <= p < t - window of one KV head give to each head's query: (phi(q) . phi(k_p)) v_p."""
+    b = bg // G
+    before = tl.load(absorbed + b)
+    count = tl.where(tl.load(active + b) != 0, tl.load(length + b) - window - before, 0).to(tl.int32)
+    o_r, o_d, half = tl.arange(0, BLOCK_H), tl.arange(0, D), D // 2
+    b_out = tl.zeros((BLOCK_H, D), tl.float32)
+    for first in range(0, count, BLOCK_P):
+        o_p = first + tl.arange(0, BLOCK_P)
+        m_p = (o_p < count)[:, None]
+        position = before + o_p
+        p_row = (bg * S + position % S)[:, None] * D
+        x = tl.load(k + p_row + o_d[None, :], mask=m_p, other=0.0).to(tl.float32)
+        value = tl.load(v + p_row + o_d[None, :], mask=m_p, other=0.0).to(tl.float32)
+        if table is not None:
+            # A key of the ring before RoPE.
+            partner = tl.load(k + p_row + (o_d[None, :] + half) % D, mask=m_p, other=0.0).to(tl.float32)
+            p_table = table + position[:, None] * 2 * D + o_d[None, :]
+            cos, sin = tl.load(p_table, mask=m_p, other=0.0), tl.load(p_table + D, mask=m_p, other=0.0)
+            x = x * cos + tl.where(o_d[None, :] < half, partner, -partner) * sin
+        if k_scale is not None:
+            x = x * tl.load(k_scale + o_d).to(tl.float32)[None, :]
+        positive, negative = _phi_rows(x, MAP), _phi_rows(-x, MAP)
+        for r in tl.static_range(R):
+            p_q = phi_q + (bg * R + r) * HALVES * D + o_d
+            weight = tl.sum(positive * tl.load(p_q)[None, :], 1)
+            if HALVES == 2:
+                weight += tl.sum(negative * tl.load(p_q + D)[None, :], 1)
+            # Rows behind the last have values of zero.
+            given = tl.sum(weight[:, None] * value, 0)
+            b_out += tl.where(o_r[:, None] == r, given[None, :], 0.0)
+    p_out = pending_read + (bg * R + o_r[:, None]) * D + o_d[None, :]
+    tl.store(p_out, b_out, mask=o_r[:, None] < R)
 
 
 @triton.jit

@@ -85,6 +85,44 @@ def test_32k_tokens_in_fp32(layers):
     assert relative_error(torch.cat(got), expected) < 1e-4
 
 
+@pytest.mark.parametrize("layers", [{"window": 100}, {"window": None}, {"layer_kind": "swa", "window": 100}], ids=str)
+def test_documents_in_ragged_rows(layers):
+    """Packed documents in two prefills of rows of different lengths, and steps: the full forward of each row."""
+    T, first, new = 700, 400, 30
+    model = build(dtype=torch.float32, max_length=T + new, **layers)
+    tokens = tokens_of(2, T + new)
+    counts = [first, first - 90], [T - first, 150]
+    lengths = [[250, 300, 180], [390, 1, 339]]
+    at = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths]).cuda()
+    cache = cache_of(model, rows=2, max_length=T + new)
+    seen = [0, 0]
+
+    def rows_now(width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        cut = [(x[i, seen[i] : seen[i] + width], i) for x in (tokens, at) for i in range(2)]
+        padded = [torch.nn.functional.pad(x, (0, width - len(x))) for x, _ in cut]
+        return torch.stack(padded[:2]), torch.stack(padded[2:])
+
+    def expected() -> torch.Tensor:
+        found = []
+        for i, n in enumerate(seen):
+            where = at[i : i + 1, :n]
+            logits = model(tokens[i : i + 1, :n], positions=where, attention_masks=model.get_attention_masks(where))
+            found.append(logits[0, -1])
+        return torch.stack(found)
+
+    for count in counts:
+        x, positions = rows_now(max(count))
+        got = prefill(model, cache, x, rows=[0, 1], counts=count, positions=positions)
+        seen = [a + b for a, b in zip(seen, count, strict=True)]
+        assert relative_error(got, expected()) < 1e-4, seen
+    step, active = TritonStep(model, cache), torch.ones(2, dtype=torch.bool, device="cuda")
+    for _ in range(new):
+        x, _ = rows_now(1)
+        got = step(x[:, 0], active)
+        seen = [n + 1 for n in seen]
+    assert relative_error(got, expected()) < 1e-4
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     "layers",
@@ -99,16 +137,17 @@ def test_32k_tokens_in_fp32(layers):
     ],
     ids=["softmax", "options", "relu", "window 0", "linear only", "swa", "full"],
 )
-@pytest.mark.parametrize("head_dim", [32, 128])
-def test_triton_steps_are_the_float64_steps(layers, dtype, head_dim):
+@pytest.mark.parametrize(("head_dim", "rows"), [(32, 3), (128, 3), (128, 40)])
+def test_triton_steps_are_the_float64_steps(layers, dtype, head_dim, rows):
     """Rows of different lengths, one that rests; bf16 against float64 on the same rounded weights and caches."""
     model = build(dtype=dtype, max_length=512, head_dim=head_dim, n_layers=4, **layers)
     exact = empty_model(model.config, device="cuda", dtype=torch.float64)
     for name, x in exact.state_dict().items():
         x.copy_(model.state_dict()[name])
-    cache = cache_of(model, rows=3, max_length=512, fold_every=4)
-    exact_cache = cache_of(exact, rows=3, max_length=512, fold_every=4)
-    prefill(model, cache, tokens_of(3, 301), rows=[0, 1, 2], counts=[301, 5, 140])
+    cache = cache_of(model, rows=rows, max_length=512, fold_every=4)
+    exact_cache = cache_of(exact, rows=rows, max_length=512, fold_every=4)
+    counts = ([301, 5, 140] * rows)[:rows]
+    prefill(model, cache, tokens_of(rows, 301), rows=list(range(rows)), counts=counts)
     for mine, other in zip(exact_cache.layers, cache.layers, strict=True):
         for name, x in mine.tensors().items():
             x.copy_(other.tensors()[name])
@@ -117,8 +156,9 @@ def test_triton_steps_are_the_float64_steps(layers, dtype, head_dim):
         x.copy_(cache.absorbed[window])
     step = TritonStep(model, cache)
     for i in range(9):
-        token = tokens_of(3, seed=i)
-        active = torch.tensor([True, True, i % 3 != 1], device="cuda")
+        token = tokens_of(rows, seed=i)
+        active = torch.ones(rows, dtype=torch.bool, device="cuda")
+        active[2] = i % 3 != 1
         got, expected = step(token, active), decode_step(exact, exact_cache, token, active)
         error = relative_error(got[active].double(), expected[active])
         assert error < (5e-5 if dtype == torch.float32 else 6e-2), (i, error)
@@ -141,7 +181,8 @@ def requests():
     [
         Tuning(num_stages=2, block_s=32),
         Tuning(resident=1, block_f=32, num_warps=4),
-        Tuning(ring_resident=16, split_products=0),
+        Tuning(ring_resident=16, fused_products=0, late_pending=1),
+        Tuning.measured(64),
     ],
     ids=str,
 )
@@ -225,8 +266,8 @@ def test_no_host_sync_and_one_graph_launch_a_token():
     calls = {event.key: event.count for event in profile.key_averages()}
     assert calls.get("cudaGraphLaunch", steps) == steps
     # Besides the graph: the copy of the tokens to the host, and nothing that computes.
-    assert calls.get("cudaLaunchKernel", 0) == 0, calls
-    assert calls.get("cudaStreamSynchronize", 0) == 0, calls
+    unwanted = "LaunchKernel", "StreamSynchronize", "DeviceSynchronize"
+    assert not [name for name in calls if any(part in name for part in unwanted)], calls
 
 
 def test_prefill_takes_what_the_forward_takes():

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as nnf
 from torch.nn.attention import SDPBackend
 
 from benchmarks import decode as benchmark
 from flexrattn.decode import DecodeCache, decode_step, fast, prefill
 from flexrattn.decode.engine import EagerStepper, Engine
-from flexrattn.decode.fast import TritonStep, TritonStepper
-from flexrattn.decode.glue import launch_add_norm
-from flexrattn.decode.product import launch_split_product
+from flexrattn.decode.fast import TritonStep, TritonStepper, Tuning
+from flexrattn.decode.product import FusedProducts, Shape, choose_shape
 from flexrattn.decode.sampling import Sampling
 from tests.closeness import relative_error
 from tests.flexrattn.decode.models import build, random_tokens
@@ -32,6 +32,8 @@ KINDS = {
     "no norms": {"branch_norm": False, "model": {"qk_norm": False, "activation": "gelu", "n_kv_heads": 1}},
     "swa": {"layer_kind": "swa", "window": 33},
     "full": {"layer_kind": "full", "window": None, "pattern": ["local"]},
+    "odd width": {"model": {"ffn_dim": 40}},
+    "odd words": {"model": {"vocab_size": 67}},
 }
 
 
@@ -42,8 +44,9 @@ def caches(model, rows, **options):
     ]
 
 
+@pytest.mark.parametrize("late", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_are_the_torch_steps(kind):
+def test_steps_are_the_torch_steps(kind, late):
     """Rows of different lengths, one that rests, several splits; and the caches hold the same afterwards."""
     options = dict(KINDS[kind])
     fold_every = options.pop("fold_every", 1)
@@ -52,7 +55,7 @@ def test_steps_are_the_torch_steps(kind):
     prompt, counts = random_tokens(3, 40), [40, 3, 6]
     for each in (expected_cache, cache):
         prefill(model, each, prompt, rows=[0, 1, 2], counts=counts)
-    step = TritonStep(model, cache, multiprocessors=5)
+    step = TritonStep(model, cache, multiprocessors=5, tuning=Tuning(late_pending=late))
     for i in range(5):
         token, active = random_tokens(3, seed=10 + i), torch.tensor([True, True, i % 2 == 0])
         expected = decode_step(model, expected_cache, token, active)
@@ -77,21 +80,41 @@ def test_a_slot_of_garbage_is_never_read():
         assert relative_error(step(token, active), decode_step(model, expected_cache, token, active)) < 1e-5
 
 
-@pytest.mark.parametrize(("rows", "parts"), [(1, 2), (5, 3), (17, 6)])
-def test_a_product_in_parts(rows, parts):
-    """What the next norm adds up is the product, and rows behind the last are not written."""
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@pytest.mark.parametrize("rows", [1, 5, 17])
+def test_products_with_their_neighbours(rows, activation):
+    """Addition, norm, gate; parts in any order; scratch memory of garbage, and rows behind the last are not written."""
     torch.manual_seed(rows)
-    x, weight, h = torch.randn(rows, 384), torch.randn(128, 384), torch.randn(rows, 128)
-    launch, out = launch_split_product(x, weight, parts)
-    launch.args["out"] = padded = torch.full((parts * rows + 1, 128), torch.nan)
-    launch.run()
+    W, K, N, ffn = 128, 384, 192, 96
+    o, table, token = torch.randn(rows, K), torch.randn(7, W), torch.randint(7, (rows,))
+    wo, qkv = torch.randn(W, K) * 0.1, torch.randn(N, W) * 0.1
+    gate_up, w2 = torch.randn(2 * ffn, W) * 0.1, torch.randn(W, ffn) * 0.1
+    norms = [torch.nn.RMSNorm(W, eps=1e-5) for _ in range(3)]
+    for norm in norms:
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    weights = [(qkv, False), (wo, False), (w2, False), (gate_up, True)]
+    products = FusedProducts.build(weights, rows=rows, W=W, multiprocessors=12)
+    assert choose_shape(rows, W, K, multiprocessors=12).parts == 6
+    padded = torch.full((rows + 1, W), torch.nan)
+    products = dataclasses.replace(products, h=padded[:-1], x=products.x.fill_(torch.nan))
+    products.embed(token, table, norms[0])
+    h = table[token]
+    for _ in range(2):
+        qkv_parts = products.unscaled(qkv, norms[0])
+        summed = qkv_parts.parts.sum(0) / (qkv_parts.squares.sum(0)[:, None] / W + 1e-5).sqrt()
+        assert relative_error(summed, norms[0](h) @ qkv.T) < 1e-6
+        assert relative_error(products.normed(qkv, norms[0]), norms[0](h) @ qkv.T) < 1e-6
+        products.add(o, wo, next_norm=norms[1])
+        h = h + o @ wo.T
+        assert relative_error(products.h, h) < 1e-6
+        gate, up = (norms[1](h) @ gate_up.T).split(ffn, dim=1)
+        acted = nnf.gelu(gate, approximate="tanh") if activation == "gelu" else nnf.silu(gate)
+        gated = products.normed(gate_up, norms[1], activation=activation)
+        assert relative_error(gated, acted * up) < 1e-6
+        products.launch(gated, w2, Shape(block_k=32), next_norm_W=norms[0].weight).run()
+        h = h + gated @ w2.T
+        assert relative_error(products.h, h) < 1e-6
     assert padded[-1].isnan().all()
-    out.copy_(padded[:-1].view_as(out))
-    expected = h + x @ weight.T
-    norm = torch.empty_like(h)
-    launch_add_norm(h, out, torch.ones(128), 1e-6, norm).run()
-    assert relative_error(h, expected) < 1e-6
-    assert relative_error(norm, expected * expected.square().mean(1, keepdim=True).rsqrt()) < 1e-5
 
 
 def test_the_engine_draws_the_same():
@@ -109,6 +132,7 @@ def test_the_engine_draws_the_same():
 def test_the_benchmarks_gate(arm, monkeypatch):
     """It passes what is right, and sees a key of the window that is not read."""
     monkeypatch.setattr(benchmark, "GATE_SLOTS", 40)
+    monkeypatch.setattr(benchmark, "GATE_ROWS", (3,))
     monkeypatch.setitem(benchmark.LIBRARY, "math", benchmark._sdpa(SDPBackend.MATH))
     (chosen,) = [each for each in benchmark.arms(7, 9) if each.name == arm]
     options = SimpleNamespace(flavor="debug", seed=0, fold_every=2, tuning=["resident=5", "block_f=8"])

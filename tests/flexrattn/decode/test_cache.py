@@ -92,6 +92,26 @@ def test_a_wrong_file_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             other.load(path, rows)
+    # Tensors of the same shapes with another meaning.
+    for kind, other_kind, message in (
+        ({"layer_kind": "swa"}, {"layer_kind": "swa", "window": 9}, "layer 0 there has window 5, here 9"),
+        ({}, {"feature_map": "relu"}, "layer 0 there has feature_map 'softmax', here 'relu'"),
+        (
+            {"layer_kind": "full", "window": None},
+            {"layer_kind": "full", "window": None, "pattern": ["global"]},
+            "layer 0 there has rope True, here Fa",
+        ),
+        (
+            {"layer_kind": "swa", "window": None, "local_mask": "tests.flexrattn.decode.models:position_parity"},
+            {"layer_kind": "full", "window": None},
+            "layer 0 there has mask 'keep', here None",
+        ),
+    ):
+        cache = cache_of(build(**kind), 1)
+        prefill(build(**kind), cache, random_tokens(1, 20), rows=[0])
+        cache.save(path, [0])
+        with pytest.raises(ValueError, match=message):
+            cache_of(build(**other_kind), 1).load(path, [0])
     (tmp_path / "text.safetensors").write_text("no tensors")
     with pytest.raises(ValueError, match="cannot be read as a cache"):
         cache.load(tmp_path / "text.safetensors", [0])

@@ -125,6 +125,8 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
         ([*base, str(trained), "--tokenizer", str(tmp_path)], "no tokenizer.json there"),
         (["--checkpoint", str(trained), "--prompt", ""], "the prompt is empty"),
         (["--checkpoint", str(trained)], "no prompt given"),
+        (["--checkpoint", str(trained), "--export", str(trained / "config.json" / "x")], "cannot write an export to"),
+        (["--checkpoint", str(trained), "--export", str(trained / "config.json")], "cannot write an export to"),
         (
             ["--checkpoint", str(trained), "--prompt", "a" * 131072],
             "the prompt has 131073 tokens, the model's limit is",
@@ -135,8 +137,9 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
         ([*base, str(trained), "--impl", "triton"], "triton"),
         ([*base, str(trained), "--tempreature", "1"], "unrecognized arguments"),
     ):
-        code, _, error = command(capsys, *arguments)
+        code, out, error = command(capsys, *arguments)
         assert code == 2, arguments
+        assert out == "", arguments
         assert message in error
         assert error.count("\n") == 1, error
 

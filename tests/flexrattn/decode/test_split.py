@@ -64,7 +64,7 @@ def test_every_split_point(kind, fold_every):
     tokens = random_tokens(2, T)
     expected = full_forward(model, tokens)
     cache = new_cache(model, rows=2, fold_every=fold_every)
-    for cut in range(T + 1) if kind == "rattention" else (0, 6, 14):
+    for cut in range(T + 1):
         cache.reset([0, 1])
         parts = []
         if cut:

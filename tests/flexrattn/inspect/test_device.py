@@ -11,7 +11,7 @@ from flexrattn.inspect.compiler import InductorKernel
 from flexrattn.inspect.device import Launched
 from flexrattn.inspect.gpus import GPUS
 from flexrattn.inspect.problem import load
-from flexrattn.inspect.report import LINEAR, OTHERS, PRODUCTS, SOFTMAX, Kernel
+from flexrattn.inspect.report import LINEAR, OTHERS, PRODUCTS, SOFTMAX, SUM, Kernel
 
 
 def event(name: str, ts: float, dur: float, **args) -> dict:
@@ -132,6 +132,15 @@ def test_parts_of_the_values_repeat_all_launches(problem):
     timeline = [launched(name, (i + 1) * 1e-3, 9) for i, name in enumerate(names)]
     assert assign(problem, found, timeline) == []
     assert [kernel.measured_s for kernel in found] == [pytest.approx(4e-3), pytest.approx(6e-3)]
+
+
+def test_the_branches_sum_is_launched_once_beside_parts(problem):
+    found = [Kernel(name="branch_sum_bwd", group=SUM, phase="forward", registers=80)]
+    found += [Kernel(name=n, group=LINEAR, phase="forward", launches=2, registers=9) for n in ("chunk_dq", "chunk_dkv")]
+    names = ("chunk_dq_kernel", "chunk_dkv_kernel") * 2
+    timeline = [launched("branch_sum_bwd_kernel", 7e-3, 80), *(launched(name, 1e-3, 9) for name in names)]
+    assert assign(problem, found, timeline) == []
+    assert [kernel.measured_s for kernel in found] == [7e-3, pytest.approx(2e-3), pytest.approx(2e-3)]
 
 
 def test_a_step_runs_without_a_gpu_as_it_does_with_one(problem):
