@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import pytest
@@ -9,6 +10,17 @@ import torch
 
 from flexrattn.inspect import health
 from flexrattn.inspect.problem import load
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """A step runs in this process: its process group holds a port that processes of later tests would inherit."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def watch(*flags: str, **options):
