@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
@@ -226,6 +227,8 @@ def make_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device cuda, but torch {torch.__version__} sees no GPU on this machine")
+    if options.out and Path(options.out).is_dir():
+        raise ValueError(f"--out {options.out} is a folder: name a file")
     evaluator = Evaluator.load(
         options.checkpoint,
         device=options.device,
@@ -257,8 +260,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
     try:
         run(make_parser().parse_args(arguments))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except CheckpointException as error:  # a file of it is missing or cut
+        first, _ = next(iter(error.failures.values()))
+        why = " ".join(f"{type(first).__name__} {first}".split())
+        print(f"evaluate: error: the newest checkpoint there cannot be read: {why}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

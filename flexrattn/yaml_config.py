@@ -16,11 +16,10 @@ import dataclasses
 import importlib
 import inspect
 import io
-import logging
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -30,6 +29,7 @@ import yaml
 from torchtitan.config import ConfigManager
 from torchtitan.config.manager import custom_registry
 
+from flexrattn.quiet import quiet_log
 from flexrattn.suggest import choose, did_you_mean
 
 USAGE = "usage: python train.py CONFIG.yaml [--section.key value ...]   (configs/ holds the shipped ones)"
@@ -56,21 +56,12 @@ class YamlConfigManager(ConfigManager):
             return parse()
         printed = io.StringIO()
         try:
-            with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed), _quiet():
+            # tyro builds the dataclasses again, and what they warn of has been said.
+            with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed), quiet_log():
                 self.config = parse()
         except SystemExit as stop:
             raise ValueError(f"bad command line: {_one_line(printed.getvalue())}") from stop
         return self.config
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No log lines: tyro builds the dataclasses again, and what they warn of has been said."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -94,6 +85,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def build_config(document: dict[str, Any], *, recipe_flags: dict[str, Any] | None = None, source: str) -> Any:
     """The config a document describes: its recipe, called with its arguments, overridden section by section."""
     document = dict(document)
+    if "recipe" not in document and "arms" in document:
+        raise ValueError(f"{source}: a study, not a configuration: run python -m flexrattn.ablate {source}")
     if "recipe" not in document:
         raise ValueError(f"{source}: no 'recipe'; known recipes: {', '.join(available_recipes())}")
     recipe = find_recipe(document.pop("recipe"))
@@ -271,15 +264,44 @@ def _split_recipe_flags(args: list[str]) -> tuple[dict[str, Any], list[str]]:
                 if i == len(args):
                     raise ValueError(f"{flag} needs a value")
                 value = args[i]
-            keys = name[len(_RECIPE_FLAG) :].replace("-", "_").split(".")
+            # "-1" and "0:-1" are layers.
+            keys = [k.replace("-", "_") if k[:1].isalpha() else k for k in key_path(name[len(_RECIPE_FLAG) :])]
             target = recipe
             for key in keys[:-1]:
                 target = target.setdefault(key, {})
-            target[keys[-1]] = yaml.safe_load(value)
+                if not isinstance(target, dict):
+                    raise ValueError(f"{name} and a flag before it give {key} as a value and as a mapping")
+            try:
+                target[keys[-1]] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{name} {value!r} is not valid YAML: {_one_line(str(error))}") from None
         else:
             rest.append(flag)
         i += 1
     return recipe, rest
+
+
+# What holds {name: arguments}, and what holds a layer's choice of that.
+NAMED = ("local_mask", "global_mask", "local_score_mod", "global_score_mod")
+NAMED_BY_LAYER = ("layer_masks", "layer_score_mods")
+_OWN_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def holds_name(path: Sequence[str]) -> bool:
+    """Whether the keys below `path` are names of masks or score mods."""
+    return (len(path) > 0 and path[-1] in NAMED) or (len(path) > 1 and path[-2] in NAMED_BY_LAYER)
+
+
+def key_path(key: str, within: Sequence[str] = ()) -> list[str]:
+    """A dotted key below the keys `within`, as single keys. The dots of a "package.module:factory" divide nothing."""
+    path, rest = list(within), key
+    while True:
+        own = _OWN_FACTORY.match(rest) if holds_name(path) else None
+        part = own.group() if own else rest.partition(".")[0]
+        path.append(part)
+        if len(part) == len(rest):
+            return path[len(within) :]
+        rest = rest[len(part) + 1 :]
 
 
 def _check_flag_names(config: Any, flags: list[str]) -> None:

@@ -49,7 +49,7 @@ def sum_of_head_norms(
     Args:
         a, b: (B, T, H, D), the softmax and the linear branch.
         weight_a, weight_b: (H, D).
-        eps: added to the mean square.
+        eps: added to the mean square, >= 0.
         impl: "triton" are the kernels, ValueError where they cannot run; "torch" is the formula, left to the compiler;
             "auto" is the kernels where they can run. "reference" is the formula.
 
@@ -61,6 +61,10 @@ def sum_of_head_norms(
     if not (a.ndim == 4 and a.shape == b.shape and weight_a.shape == weight_b.shape == a.shape[2:]):
         shapes = ", ".join(str(tuple(x.shape)) for x in (a, b, weight_a, weight_b))
         raise ValueError(f"branches must be (B, T, H, D) alike and their scales (H, D), got {shapes}")
+    if a.dtype != b.dtype or not a.is_floating_point():
+        raise ValueError(f"branches must be of one floating dtype, got {a.dtype} and {b.dtype}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be >= 0, got {eps}")
     if impl not in ("auto", "reference", "torch", "triton"):
         raise ValueError(f"impl must be one of auto, reference, torch, triton, got {impl!r}")
     if impl in ("auto", "triton"):

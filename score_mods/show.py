@@ -412,7 +412,7 @@ def _make(name: str, args: dict[str, object], document_ids: Tensor | None) -> tu
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0, or 2 with one line on stderr for input that does not fit."""
+    """Run the command; 0, 130 when interrupted, or 2 with one line on stderr for input that does not fit."""
     parser = _parser()
     given = parser.parse_intermixed_args(argv)
     try:
@@ -424,6 +424,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--seq-len must be >= 1, got {seq_len}")
         if document_ids is not None and document_ids.shape[1] != seq_len:
             raise ValueError(f"--documents add up to {document_ids.shape[1]} tokens, --seq-len is {seq_len}")
+        if given.out is not None and (given.out.is_dir() or not given.out.suffix):
+            raise ValueError(f"--out {given.out} names no picture: end it in .png, .svg or .pdf")
         heads = Heads(heads=given.heads, kv_heads=given.kv_heads, head_dim=given.head_dim)
         mask, alone = _make(given.mask, _mask_args(given.args), document_ids)
         picture = look_at(mask, seq_len=seq_len, block_size=given.block_size, told_by=alone)
@@ -434,6 +436,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  drawn in {given.out}")
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return _main(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("FLEXRATTN_TRACEBACK"):
             raise
         print(f"ablate: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -14,6 +14,8 @@ from flexrattn.ablate.study import Run
 Record = dict[str, Any]
 EVALUATION = "eval.json"
 VALIDATION_TAG = "validation_metrics/loss"
+# What every record has, of a run that is done or failed.
+NEEDED = ("name", "stage", "arm", "seed", "choice", "config_hash", "code_hash", "tokens", "seconds", "status")
 
 
 def read_evaluation(dump_folder: Path, curves: Mapping[str, list[tuple[int, float]]]) -> dict[str, Any]:
@@ -79,6 +81,8 @@ def read_records(folder: Path) -> dict[str, Record]:
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text())
+            for key in NEEDED:
+                record[key]
             records[record["name"]] = record
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no record ({type(error).__name__}: {error}): remove it") from None

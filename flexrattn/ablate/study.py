@@ -16,21 +16,21 @@ Everything is built before anything runs: a mistake is a ValueError that names t
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import json
-import logging
+import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from flexrattn.ablate.code import ROOT, digest_of
+from flexrattn.evaluation import GROUPS
+from flexrattn.quiet import quiet_log
 from flexrattn.suggest import choose, did_you_mean
-from flexrattn.yaml_config import build_config, load_yaml
+from flexrattn.yaml_config import NAMED, build_config, holds_name, key_path, load_yaml
 
 KEYS = (
     "base",
@@ -146,24 +146,41 @@ class Study:
 # ------------------------------------------------------------------------------------------------------- documents
 
 
-def unflatten(values: Document) -> Document:
+def unflatten(values: Document, within: tuple[str, ...] = ()) -> Document:
     """{"training.steps": 3} -> {"training": {"steps": 3}}, at every level; later keys win."""
     result: Document = {}
     for key, value in values.items():
-        first, _, rest = str(key).partition(".")
+        first, *rest = key_path(str(key), within)
+        path = (*within, first)
         if rest:
-            value = {rest: value}
-        result = merge(result, {first: unflatten(value) if isinstance(value, dict) else value})
+            value = {".".join(rest): value}
+        _put(result, {first: unflatten(value, path) if isinstance(value, dict) else value})
     return result
 
 
-def merge(base: Document, over: Document) -> Document:
-    """`over` over `base`, mapping by mapping. A mask's arguments belong to one mask: they are replaced as a whole."""
+def _put(result: Document, over: Document) -> None:
+    """Keys of one mapping, put together whatever they are."""
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            _put(result[key], value)
+        else:
+            result[key] = copy.deepcopy(value)
+
+
+def merge(base: Document, over: Document, within: tuple[str, ...] = ()) -> Document:
+    """`over` over `base`, mapping by mapping.
+
+    A mask's arguments belong to one mask: `..._mask_args` are replaced as a whole, and so is {name: arguments} by
+    another name. So are those of score mods.
+    """
     result = copy.deepcopy(base)
     for key, value in over.items():
-        whole = str(key).endswith("_mask_args")
-        if isinstance(value, dict) and isinstance(result.get(key), dict) and not whole:
-            result[key] = merge(result[key], value)
+        path = (*within, str(key))
+        whole = path[-1].removesuffix("_args") in NAMED and path[-1] not in NAMED
+        before = result.get(key)
+        if isinstance(value, dict) and isinstance(before, dict) and not whole:
+            other = holds_name(path) and set(before) != set(value)
+            result[key] = copy.deepcopy(value) if other else merge(before, value, path)
         else:
             result[key] = copy.deepcopy(value)
     return result
@@ -207,6 +224,8 @@ def load_study(path: Path) -> Study:
     for key in ("base", "arms"):
         if not document.get(key):
             raise ValueError(f"{path}: no {key!r}: {'a configuration to vary' if key == 'base' else 'name => changes'}")
+    if not isinstance(document["base"], str):
+        raise ValueError(f"{path}: base must be one configuration's file name, got {document['base']!r}")
     base = load_yaml(_find(Path(document["base"])))
     base = merge(unflatten(base), unflatten(_mapping(path, "set", document.get("set"))))
     arms = _arms(path, base, _mapping(path, "arms", document["arms"]))
@@ -218,25 +237,34 @@ def load_study(path: Path) -> Study:
             raise ValueError(f"{path}: comparisons must be a list of [arm, control], got {pair!r}")
         for name in pair:
             choose(name, names, what=f"{path}: arm of comparisons")
+        if pair[0] == pair[1]:
+            raise ValueError(f"{path}: comparisons must be of two arms, got {pair!r}")
     margin = document.get("margin", 0.01)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or margin <= 0:
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < math.inf:
         raise ValueError(f"{path}: margin must be a positive number, got {margin!r}")
     primary = str(document.get("primary", "loss"))
-    metrics = tuple(dict.fromkeys([primary, *(document.get("metrics") or DEFAULT_METRICS)]))
-    return Study(
+    metrics = _names(path, "metrics", document.get("metrics") or DEFAULT_METRICS)
+    for name in (primary, *metrics):
+        if name.startswith("groups."):
+            choose(name.split(".")[1], GROUPS, what=f"{path}: group of {name}")
+    study = Study(
         name=path.stem,
         path=path,
         arms=tuple(arms),
         seeds=_seeds(path, document.get("seeds", [1, 2, 3])),
-        seed_keys=tuple(document.get("seed_keys", ("debug.seed", "dataloader.seed"))),
+        seed_keys=_names(path, "seed_keys", document.get("seed_keys", ("debug.seed", "dataloader.seed"))),
         control=control,
         comparisons=tuple((a, b) for a, b in comparisons),
         primary=primary,
         margin=float(margin),
-        metrics=metrics,
+        metrics=tuple(dict.fromkeys([primary, *metrics])),
         tune=_tune(path, document.get("tune")),
         note=str(document.get("note", "")).strip(),
     )
+    tuning = [run.name for run in study.tuning_runs()]
+    if twice := next((name for name in tuning if tuning.count(name) > 1), None):
+        raise ValueError(f"{path}: two runs of tune are named {twice!r}: its values must differ in six digits")
+    return study
 
 
 def _find(base: Path) -> Path:
@@ -250,6 +278,12 @@ def _mapping(path: Path, key: str, value: Any) -> Document:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: {key} must be a mapping, got {value!r}")
     return value
+
+
+def _names(path: Path, key: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{path}: {key} must be a list of dotted names, got {value!r}")
+    return tuple(value)
 
 
 def _seeds(path: Path, seeds: Any) -> tuple[int, ...]:
@@ -328,8 +362,11 @@ def build_arms(study: Study, *, ranks: int = 1, check_files: bool = True) -> dic
         choice = tuning[0].choice if tuning else {}
         runs = [study.run(arm.name, study.seeds[0], choice), *tuning]
         try:
-            with _quiet():
+            # torchtitan warns of its own defaults each time that a configuration is built.
+            with quiet_log():
                 configs = [build_config(run.document, source=str(study.path)) for run in runs]
+            if not all(config.validator.enable for config in configs):
+                raise ValueError("validator.enable is false: runs are compared by their validation loss")
             if check_files:
                 from flexrattn.data.tokens import read_manifest
                 from flexrattn.trainer import check_before_start
@@ -351,16 +388,6 @@ def build_arms(study: Study, *, ranks: int = 1, check_files: bool = True) -> dic
                 "batch alike"
             )
     return facts
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torchtitan warns of its own defaults each time that a configuration is built."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _facts(config: Any, tuning: Any | None, ranks: int) -> Facts:

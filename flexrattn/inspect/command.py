@@ -76,7 +76,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line on stderr for input that does not fit."""
+    """0, or 2 with one line on stderr for input that does not fit; 130 when interrupted."""
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     mine, flags = _split(sys.argv[1:] if arguments is None else arguments)
     given, rest = parser.parse_known_args(mine)
@@ -89,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What is wrong here is the user's; what goes wrong behind it keeps its traceback, but for the two below.
         _check(given, rest)
         sources = [_source(name, given, flags) for name in given.compare or [given.config]]
+        if given.out is not None:  # a folder that cannot be had is told before the work
+            given.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, NotImplementedError, AssertionError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
@@ -218,7 +228,6 @@ def _encoding() -> str:
 
 def _write(made: dict[str, Any], out: Path, embed: Sequence[str]) -> str:
     """report.html, report.json and every text of every kernel; one line that says where."""
-    out.mkdir(parents=True, exist_ok=True)
     for layer in made["layers"]:
         for number, kernel in enumerate(layer["kernels"]):
             kernel.sources = {stage: without_paths(source) for stage, source in kernel.sources.items()}
@@ -236,7 +245,6 @@ def _write(made: dict[str, Any], out: Path, embed: Sequence[str]) -> str:
 
 
 def _write_both(a: dict[str, Any], b: dict[str, Any], out: Path) -> str:
-    out.mkdir(parents=True, exist_ok=True)
     (out / "compare.html").write_text(compare.to_page(a, b))
     (out / "compare.json").write_text(json.dumps([reports.to_json(x) for x in (a, b)], indent=1) + "\n")
     return f"{out / 'compare.html'}, {out / 'compare.json'}"

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from flexrattn.inspect.paths import without_paths
+from flexrattn.quiet import quiet_log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def _as_on_a_gpu() -> Iterator[None]:
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.device("meta"),
         warnings.catch_warnings(),
-        _quiet(),
+        quiet_log(),  # what tracing warns of is said again where the model is trained
     ):
         warnings.simplefilter("ignore")
         yield
@@ -152,16 +153,6 @@ def matmuls(graph: Any) -> list[Matmul]:
         M, K, N = int(left.shape[-2]), int(left.shape[-1]), int(right.shape[-1])
         found.append(Matmul(batch=int(batch), M=M, N=N, K=K, dtype=left.dtype))
     return found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No log lines: what tracing warns of is said again where the model is trained."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ blocking copies, and logging, which reads the loss, are not part of it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import tempfile
 import threading
@@ -110,7 +111,11 @@ def training_step(problem: Problem, config: Any, device: str) -> Iterator[Callab
         positions = problem.positions(device)
         number = torch.tensor(tokens.numel(), device=device)
 
+        numbers = itertools.count(1)
+
         def step() -> None:
+            for part in trainer.model_parts:
+                part.set_step(next(numbers))
             trainer.optimizers.zero_grad()
             trainer.forward_backward_step(
                 input_dict={"input": tokens, "positions": positions}, labels=tokens, global_valid_tokens=number

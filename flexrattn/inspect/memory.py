@@ -13,7 +13,8 @@ from flexrattn.inspect import compiler, scan
 from flexrattn.inspect.compiler import Matmul
 from flexrattn.inspect.gpus import capability_of
 from flexrattn.inspect.problem import Layer, Problem
-from score_mods import MaskMod, all_of, build_block_mask, dense_mask, document
+from flexrattn.packing import document_ids_from_positions
+from score_mods import MaskMod, build_block_mask, dense_mask, drawn_window, in_documents, mask_info
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,8 @@ def make_block(
             block.init_states(buffer_device=torch.device(device))
     for parameter in block.parameters():
         parameter.data = parameter.data.to(problem.torch_dtype)
+    if config.attention.residual is not None and config.attention.residual.draws:
+        block.attention.residual.drawn_window = _drawn(config.attention.residual.window, device)
     policy = with_linear_branch(problem.config.activation_checkpoint)
     if not checkpointing or policy is None:
         return block
@@ -81,6 +84,12 @@ def make_block(
     stack.layers = torch.nn.ModuleDict({"0": block})
     policy.build(dump_folder=problem.config.dump_folder).apply(stack)
     return stack.layers["0"]
+
+
+def _drawn(window: int | None, device: str) -> torch.Tensor:
+    """A window that is data in training; here that of evaluation."""
+    assert window is not None
+    return torch.full((), window, dtype=torch.int64, device=device)
 
 
 def block_inputs(
@@ -96,8 +105,10 @@ def block_inputs(
     positions = torch.zeros(B, T, dtype=torch.int64, device=device) if traced else problem.positions(device)
     masks: dict[str, Any] = {}
     if mask is not None:
-        ids = torch.cumsum(positions == 0, dim=-1, dtype=torch.int32)
-        whole = all_of(mask, document(ids))
+        info = mask_info(mask)
+        if info is not None and info.schedule is not None:
+            mask = drawn_window(_drawn(info.window, device))
+        whole = in_documents(mask, document_ids=document_ids_from_positions(positions), positions=positions)
         build = dense_mask if device == "cpu" else build_block_mask
         masks[layer.attention.mask] = build(whole, batch=B, heads=None, q_len=T, kv_len=T, device=device)
     return x, masks, positions

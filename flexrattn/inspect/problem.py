@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,14 @@ import torch
 from torch import Tensor
 
 from flexrattn import platform
-from flexrattn.attention import RAttention
+from flexrattn.attention import LayerKind, RAttention
 from flexrattn.inspect.gpus import DEFAULT_GPU, GPU, GPUS, LIMITS, choose_arch, choose_gpu, find_gpu
 from flexrattn.model import describe_layer
+from flexrattn.packing import document_ids_from_positions, positions_from_lengths
+from flexrattn.quiet import quiet_log
 from flexrattn.suggest import choose
 from flexrattn.yaml_config import YamlConfigManager
-from score_mods import MaskMod, all_of, document
+from score_mods import MaskMod, in_documents
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -70,7 +71,7 @@ class Problem:
 
     def positions(self, device: torch.device | str) -> Tensor:
         """(B, T), restarting at 0 with each document."""
-        row = torch.cat([torch.arange(length) for length in self.documents])
+        row = positions_from_lengths(self.documents)
         return row.expand(self.batch, self.seq_len).contiguous().to(device)
 
     def mask(self, layer: Layer, *, whole: bool) -> MaskMod:
@@ -78,8 +79,8 @@ class Problem:
         mask = self.model.masks[layer.attention.mask].build()
         if not whole or len(self.documents) == 1:
             return mask
-        ids = torch.repeat_interleave(torch.arange(len(self.documents)), torch.tensor(self.documents))[None]
-        return all_of(mask, document(ids))
+        positions = positions_from_lengths(self.documents)[None]
+        return in_documents(mask, document_ids=document_ids_from_positions(positions), positions=positions)
 
 
 def load(
@@ -97,11 +98,8 @@ def load(
 ) -> Problem:
     """Everything checked before anything is compiled. ValueError of one line."""
     # torchtitan warns of its own defaults, and says nothing here that a reader of the report needs.
-    logging.disable(logging.WARNING)
-    try:
+    with quiet_log():
         config = YamlConfigManager().parse_args([source, *flags])
-    finally:
-        logging.disable(logging.NOTSET)
     training = config.training
     seq_len = training.seq_len if seq_len is None else seq_len
     batch = training.local_batch_size if batch is None else batch
@@ -117,7 +115,10 @@ def load(
     if documents is None:
         documents = (seq_len,)
     if min(documents) < 1 or sum(documents) != seq_len:
-        raise ValueError(f"--documents {','.join(map(str, documents))} must add up to the sequence, {seq_len} tokens")
+        raise ValueError(
+            f"--documents {','.join(map(str, documents))} must be lengths >= 1 that add up to the sequence, "
+            f"{seq_len} tokens"
+        )
     dtype = _NAMES[training.mixed_precision_param] if dtype is None else choose(dtype, DTYPES, what="dtype")
     arch, chosen, on_device = _hardware(arch, gpu, device)
     return Problem(
@@ -170,7 +171,7 @@ def _hardware(arch: str | None, gpu: str | None, device: str) -> tuple[str, GPU,
 def choose_layers(model: Any, wanted: Sequence[str]) -> tuple[Layer, ...]:
     """ "local", "global" or an index each. Layers of equal configs are one, counted; a kind that is not there is left
     out, unless nothing remains."""
-    kinds = [_kind(block.attention) for block in model.layers]
+    kinds = _kinds(model)
     chosen: dict[int, str] = {}
     for name in wanted:
         if name.isdigit():
@@ -190,10 +191,14 @@ def choose_layers(model: Any, wanted: Sequence[str]) -> tuple[Layer, ...]:
     )
 
 
-def _kind(attention: RAttention.Config) -> str:
-    """A pattern's local layers rotate q and k or have a window; global layers carry no position."""
-    linear_only = attention.residual is not None and not attention.has_softmax
-    return "local" if attention.use_rope or linear_only or attention.residual is not None else "global"
+def _kinds(model: Any) -> list[str]:
+    """Of every layer. Global ones are those of kind "full", or where all are, those without positions."""
+    attentions = [block.attention for block in model.layers]
+    all_full = all(attention.kind is LayerKind.FULL for attention in attentions)
+    return [
+        "local" if attention.kind is not LayerKind.FULL or (all_full and attention.use_rope) else "global"
+        for attention in attentions
+    ]
 
 
 def _same(block: Any) -> str:

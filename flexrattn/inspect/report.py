@@ -24,6 +24,8 @@ from flexrattn.model import RAttentionModel
 from score_mods.show import Picture, look_at
 
 SCHEMA = 1
+OF_REPORT = ("config", "flags", "model", "problem", "gpu", "versions", "health", "memory", "warnings")
+OF_LAYER = ("name", "index", "count", "what", "heads", "mask", "no_scan_kernels", "memory", "flex")
 LINEAR, SOFTMAX, SUM = "linear branch", "softmax branch", "sum of the branches"
 PRODUCTS, OTHERS = "matrix products", "norms and the rest"
 GROUPS = (LINEAR, SOFTMAX, SUM, PRODUCTS, OTHERS)
@@ -144,7 +146,7 @@ def _scan_kernel(problem: Problem, shape: scan.ScanShape, each: scan.ScanLaunch,
         grid=list(each.launch.grid),
         flops=None if flops is None else flops * launches,
         bytes=nbytes * launches,
-        dtype="fp32" if problem.dtype == "fp32" else "bf16",
+        dtype="fp32" if (shape.sum_dtype if each.sums else shape.dtype) == torch.float32 else "bf16",
         warps=each.launch.options.get("num_warps"),
         stages=each.launch.options.get("num_stages"),
         note=compiled.error,
@@ -168,7 +170,9 @@ def softmax_kernels_of(problem: Problem, layer: Layer, pairs: int) -> list[Kerne
     attention = layer.attention
     if not attention.has_softmax:
         return []
-    B, T, H, G, D = problem.batch, problem.seq_len, attention.n_heads, attention.n_kv_heads, attention.head_dim
+    B, T, D = problem.batch, problem.seq_len, attention.head_dim
+    halves = 2 if attention.splits_heads else 1
+    H, G = attention.n_heads // halves, attention.n_kv_heads // halves
     size = problem.torch_dtype.itemsize
     queries, keys, rows = B * T * H * D * size, B * T * G * D * size, B * T * H * 4
     product = 2 * D * H * B * pairs
@@ -388,4 +392,7 @@ def from_json(plain: dict[str, Any], source: str) -> dict[str, Any]:
         layers = [{**layer, "kernels": [Kernel(**kernel) for kernel in layer["kernels"]]} for layer in plain["layers"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{source} is no report: {error}") from error
+    for found, wanted in ((plain, OF_REPORT), *((layer, OF_LAYER) for layer in layers)):
+        if absent := [key for key in wanted if key not in found]:
+            raise ValueError(f"{source} is no whole report, it lacks {', '.join(absent)}: make it again")
     return {**plain, "layers": layers}

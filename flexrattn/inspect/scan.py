@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ class ScanShape:
     save_every: int
     start: bool  # a learned initial state
     summed: bool  # both branches' norms and their sum by scan_kernels.sum_of_head_norms
+    sum_dtype: torch.dtype
+    decays: bool
     capability: int
 
     @property
@@ -42,20 +45,26 @@ class ScanShape:
 
 
 def scan_shape(attention: Any, *, batch: int, seq_len: int, dtype: torch.dtype, capability: int) -> ScanShape:
-    """Of an attention config with a linear branch."""
+    """Of an attention config with a linear branch, as its layer calls it in training."""
     residual = attention.residual
+    decays = attention.decay_gate is not None
+    halves = 2 if attention.splits_heads else 1
     return ScanShape(
         B=batch,
         T=seq_len,
-        H=attention.n_heads,
-        G=attention.n_kv_heads,
+        H=attention.n_heads // halves,
+        G=attention.n_kv_heads // halves,
         D=attention.head_dim,
-        dtype=dtype,
-        window=residual.window,
+        # A layer with a decay gate widens what it hands to its scan.
+        dtype=torch.promote_types(dtype, torch.float32) if decays else dtype,
+        # Keys of a drawn window are shifted in front of the scan.
+        window=None if residual.draws else residual.window,
         feature_map=residual.feature_map,
         save_every=DEFAULT_SAVE_EVERY if residual.save_every is None else residual.save_every,
         start=attention.initial_state is not None,
         summed=attention.sum_impl is not None and attention.swa_norm is not None and not attention.splits_heads,
+        sum_dtype=dtype,
+        decays=decays,
         capability=capability,
     )
 
@@ -113,7 +122,9 @@ def scan_launches(shape: ScanShape) -> list[ScanLaunch]:
     q, k, v, do = empty(B, T, H, D), empty(B, T, G, D), empty(B, T, G, DV), empty(B, T, H, DV)
     ids = empty(B, T, dtype=torch.int32)
     start = empty(B, H, F, DV, dtype=torch.float32) if shape.start else None
-    inputs = Inputs(q, k, v, query_doc=ids, key_doc=ids, carried_doc=ids[:, 0], start=start)
+    rows = empty(B, G, T, dtype=torch.float64) if shape.decays else None
+    start_log = None if start is None else rows
+    inputs = Inputs(q, k, v, rows, ids, ids, carried_doc=ids[:, 0], start=start, start_log=start_log)
     lag = residual_shift(shape.window)
     sizes, x, init, plan = fused.prepare(inputs, lag, shape.feature_map, capability=shape.capability)
     found: list[ScanLaunch] = []
@@ -123,7 +134,9 @@ def scan_launches(shape: ScanShape) -> list[ScanLaunch]:
 
     *_, kept = fused.forward(sizes, x, init, plan, with_final=False, save_every=shape.save_every, run=collect(False))
     if shape.summed:
-        a, b, dy, weight_a, weight_b = (*(empty(B, T, H, D) for _ in range(3)), empty(H, D), empty(H, D))
+        a, b, dy, weight_a, weight_b = (
+            empty(*sizes_of, dtype=shape.sum_dtype) for sizes_of in (*3 * [(B, T, H, D)], *2 * [(H, D)])
+        )
         collect(False)(branch_sum.branch_sum_fwd(a, b, weight_a, weight_b, 1e-8)[0])
         collect(True)(branch_sum.branch_sum_bwd(dy, a, b, weight_a, weight_b, 1e-8)[0])
     fused.backward(sizes, x, init, do, None, plan, with_init_grad=False, kept=kept, run=collect(True))
@@ -270,13 +283,22 @@ def compilers(processes: int) -> Iterator[CompileJobs]:
     # Forked from a server that imports torch once; nothing of CUDA is touched in it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "scan_kernels.kernels.resources"])
-    with ProcessPoolExecutor(processes, context) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_leave_interrupts_to_the_caller) as pool:
 
         def begin(jobs: Iterable[tuple[ScanShape, int, bool]]) -> Callable[[], list[Compiled]]:
             running = [pool.submit(compile_one, job) for job in jobs]
             return lambda: [each.result() for each in running]
 
-        yield begin
+        try:
+            yield begin
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _leave_interrupts_to_the_caller() -> None:
+    """Ctrl-C reaches every process of the terminal; this one ends with its caller's pool."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def different(launches: list[ScanLaunch]) -> dict[int, int]:

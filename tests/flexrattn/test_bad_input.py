@@ -124,10 +124,11 @@ def test_mistake_on_the_command_line(tmp_path, flags, said):
         ("recipe: [", "is not valid YAML"),
         ("- recipe", "must hold a mapping with a 'recipe', got list"),
         ("training: {steps: 3}", "no 'recipe'; known recipes: rattention"),
+        ("base: a.yaml\narms: {a: {}}", "a study, not a configuration: run python -m flexrattn.ablate"),
         ("recipe: rattention\nrecipe_args: 3", "recipe_args must be a mapping"),
         ("", "must hold a mapping"),
     ],
-    ids=["not-yaml", "list", "no-recipe", "recipe-args", "empty"],
+    ids=["not-yaml", "list", "no-recipe", "study", "recipe-args", "empty"],
 )
 def test_mistake_in_the_yaml(tmp_path, text, said):
     path = tmp_path / "mine.yaml"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import pytest
 
@@ -107,9 +109,25 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
         ([*base, "--batch-size", "0"], "batch_size and steps must be positive (steps -1: all), got 0 and 3"),
         ([*base, "--reference-window", "-3"], "reference_window must be an integer >= 0 (tokens), got -3"),
         ([*base, "--data-path", str(tmp_path / "absent.txt")], "absent.txt"),
+        ([*base, "--out", str(tmp_path)], "is a folder: name a file"),
+        ([*base, "--steps", "1", "--out", f"{__file__}/eval.json"], "test_evaluate.py"),
         ([*base, "--length", "x"], "invalid int value: 'x'"),
     ):
         code, _, error = command(capsys, *arguments)
         assert code == 2, arguments
         assert message in error
         assert error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_damaged_checkpoint_is_one_line(trained, tmp_path, capsys, damage):
+    shutil.copytree(trained, tmp_path / "run")
+    shard = max((tmp_path / "run" / "checkpoint").glob("step-*/*.distcp"))
+    if damage == "gone":
+        shard.unlink()
+    else:
+        os.truncate(shard, 1000)
+    code, _, error = command(capsys, "--checkpoint", str(tmp_path / "run"))
+    assert code == 2
+    assert "cannot be read" in error
+    assert error.count("\n") == 1, error

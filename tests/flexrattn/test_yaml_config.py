@@ -126,3 +126,34 @@ def test_coerced(value, hint, expected):
 def test_refused_types(value, hint):
     with pytest.raises(ValueError, match=r"^section\.key must be"):
         coerce(value, hint, "section.key")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "masks"),
+    [
+        ("layer_masks.-1.sliding_window.window", "5", {3: "sliding_window_5"}),
+        ("layer-masks.0:-2.attention_sink.sinks", "2", dict.fromkeys([0, 1], "attention_sink_sinks2_window8")),
+        ("local_mask.score_mods.masks.sliding_window:sliding_window.window", "5", {}),
+    ],
+    ids=["last", "slice", "own"],
+)
+def test_flags_name_layers_and_masks_of_ones_own(tmp_path, flag, value, masks):
+    path = write_config(tmp_path, recipe_args={"flavor": "debug", "window": 8})
+    layers = parse(path, f"--recipe_args.{flag}", value).model_spec.model.layers
+    own = "score_mods.masks.sliding_window:sliding_window_window5"
+    rest = [own] * 3 + ["causal"] if "score_mods" in flag else ["sliding_window_8"] * 3 + ["causal"]
+    assert [layer.attention.mask for layer in layers] == [masks.get(i, rest[i]) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--recipe_args.window", "[1"], r"--recipe_args\.window '\[1' is not valid YAML: while parsing"),
+        (["--recipe_args.window", "3", "--recipe_args.window.x", "3"], "give window as a value and as a mapping"),
+    ],
+    ids=["yaml", "below-a-value"],
+)
+def test_values_of_flags_that_cannot_be_read(tmp_path, flags, said):
+    with pytest.raises(ValueError, match=said) as error:
+        parse(write_config(tmp_path), *flags)
+    assert "\n" not in str(error.value)

@@ -41,10 +41,15 @@ def test_half_precision_is_summed_in_fp32():
     [
         ({"b": torch.zeros(1, 2, 3, 8)}, "alike"),
         ({"weight_a": torch.zeros(3, 16), "weight_b": torch.zeros(3, 16)}, "scales"),
+        (
+            {"b": torch.zeros(1, 2, 3, 16, dtype=torch.float64)},
+            "of one floating dtype, got torch.float32 and torch.float64",
+        ),
+        ({"eps": -1e-3}, "eps must be >= 0"),
         ({"impl": "cuda"}, "impl must be one of"),
         ({"impl": "triton"}, "needs a CUDA device"),
     ],
-    ids=["branches", "scales", "impl", "triton on a CPU"],
+    ids=["branches", "scales", "dtypes", "eps", "impl", "triton on a CPU"],
 )
 def test_refusals(change, said):
     x = {name: value for name, value in make((1, 2, 3, 16), torch.float32).items() if name != "dy"}

@@ -168,6 +168,8 @@ BAD = {
     "no documents": (["document"], "document needs --documents"),
     "import": (["no_such_module:f"], "ModuleNotFoundError: No module named 'no_such_module'"),
     "folder": (["causal", "--seq-len", "8", "--out", "/no/such/folder/a.png"], "No such file or directory"),
+    "no ending": (["causal", "--out", "mask"], "--out mask names no picture: end it in .png, .svg or .pdf"),
+    "a folder": (["causal", "--out", "."], "--out . names no picture"),
     "ending": (["causal", "--seq-len", "8", "--out", "a.mask"], "Format 'mask' is not supported"),
 }
 
@@ -181,6 +183,14 @@ def test_bad_input_gets_one_line_and_exit_code_2(args, message, capsys):
     assert message in error
     assert error.startswith("python -m score_mods.show: error: ")
     assert error.count("\n") == 1
+
+
+def test_interrupted_without_a_traceback(monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("score_mods.show.look_at", interrupt)
+    assert main(["causal", "--seq-len", "8"]) == 130
 
 
 def test_drawing_without_matplotlib_is_told(monkeypatch, capsys, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from flexrattn.ablate import runner as runner_module
-from flexrattn.ablate.cli import _slots
+from flexrattn.ablate.cli import _slots, main
 from flexrattn.ablate.records import metric, read_evaluation
 from tests.flexrattn.ablate.studies import fake_runner, record, started, write_study
 
@@ -229,6 +229,24 @@ def test_one_study_at_a_time_in_a_folder(tmp_path, monkeypatch):
         fake_runner(path).run()
     os.kill(process.pid, signal.SIGINT)
     process.join(20)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"name": "run-full-se', "[]", '{"name": "run-full-seed1"}'], ids=["half", "list", "bare"]
+)
+def test_a_file_that_is_no_record_is_named(tmp_path, text):
+    path = write_study(tmp_path)
+    (tmp_path / "out" / "records").mkdir(parents=True)
+    (tmp_path / "out" / "records" / "run-full-seed1.json").write_text(text)
+    with pytest.raises(ValueError, match=r"records/run-full-seed1\.json is no record .*: remove it"):
+        fake_runner(path).run()
+
+
+def test_a_folder_that_is_a_file_is_one_line(tmp_path, capsys):
+    path = write_study(tmp_path)
+    (tmp_path / "file").touch()
+    assert main([str(path), "--out", str(tmp_path / "file"), "--only", "full"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_metrics_are_dotted_paths():

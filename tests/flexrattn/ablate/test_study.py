@@ -25,6 +25,31 @@ def test_a_masks_arguments_are_those_of_one_mask():
     base = {"recipe_args": {"local_mask": "x", "local_mask_args": {"window": 3}}}
     over = {"recipe_args": {"local_mask_args": {"size": 4}}}
     assert merge(base, over)["recipe_args"]["local_mask_args"] == {"size": 4}
+    named = {
+        "recipe_args": {"local_mask": {"x": {"window": 3}}, "layer_masks": {"0:2": {"x": {"window": 3}}, "5": "y"}}
+    }
+    other = unflatten({"recipe_args.local_mask": {"z": {"size": 4}}, "recipe_args.layer_masks.0:2.z.size": 4})
+    assert merge(named, other)["recipe_args"] == {
+        "local_mask": {"z": {"size": 4}},
+        "layer_masks": {"0:2": {"z": {"size": 4}}, "5": "y"},
+    }
+    same = unflatten({"recipe_args.local_mask.x.size": 4})  # one argument more, by a grid say
+    assert merge(named, same)["recipe_args"]["local_mask"] == {"x": {"window": 3, "size": 4}}
+
+
+def test_dotted_arguments_of_one_mask_stand_together():
+    for key in ("local_mask_args", "local_mask.x", "local_score_mod_args"):
+        flat = {f"recipe_args.{key}.low": 1, f"recipe_args.{key}.high": 2}
+        assert unflatten(flat) == unflatten({f"recipe_args.{key}": {"low": 1, "high": 2}})
+
+
+@pytest.mark.parametrize("place", ["local_mask", "layer_masks.0:2", "layer_score_mods.-1"])
+def test_the_dots_of_a_mask_of_ones_own_divide_nothing(place):
+    nested = unflatten({f"recipe_args.{place}": {"my.masks:every": {"step": 2}}})
+    assert nested == unflatten({f"recipe_args.{place}.my.masks:every.step": 2})
+    first, _, layer = place.partition(".")
+    held = nested["recipe_args"][first]
+    assert (held[layer] if layer else held) == {"my.masks:every": {"step": 2}}
 
 
 def test_arms_seeds_and_tuning_expand(tmp_path):
@@ -70,8 +95,18 @@ MISTAKES = {
     "control": ({"control": "ful"}, "control 'ful', did you mean 'full'?"),
     "comparison": ({"comparisons": [["window-4", "window-5"]]}, "unknown .* arm of comparisons 'window-5'"),
     "comparison-form": ({"comparisons": [["full"]]}, r"list of \[arm, control\]"),
+    "comparison-itself": ({"comparisons": [["full", "full"]]}, "comparisons must be of two arms"),
+    "base-form": ({"base": ["a.yaml"]}, "base must be one configuration's file name"),
+    "metrics": ({"metrics": "loss"}, "metrics must be a list of dotted names, got 'loss'"),
+    "primary": ({"primary": "groups.beyond_windw.loss"}, "group of .* 'beyond_windw', did you mean 'beyond_window'"),
+    "seed-keys": ({"seed_keys": "debug.seed"}, "seed_keys must be a list of dotted names, got 'debug.seed'"),
+    "tune-twice": (
+        {"tune": {"values": {"x": [0.1, 0.1000000001]}}},
+        "two runs of tune are named 'tune-full-0.1-seed0'",
+    ),
     "seeds": ({"seeds": [1, 1]}, "seeds must be a list of different integers"),
     "margin": ({"margin": 0}, "margin must be a positive number"),
+    "margin-nan": ({"margin": float("nan")}, "margin must be a positive number"),
     "grid": ({"arms": {"a": {"grid": {"x": 3}}}}, r"arms\.a\.grid\.x must be a list of values"),
     "arm": ({"arms": {"a": 3}}, r"arms\.a must be a mapping"),
     "name": ({"arms": {"a b": {}}}, "arm 'a b' must be letters"),
@@ -96,6 +131,7 @@ BAD_ARMS = {
     "mask": ({"recipe_args": {"layer_kind": "swa", "local_mask": "slidng_window"}}, "did you mean 'sliding_window'"),
     "tokens": ({"training.steps": 5}, "arms must train on equally many tokens (tokens: full 1,024, bad 1,280)"),
     "seq-len": ({"recipe_args.model": {"max_seq_len": 32}}, "training.seq_len 64 is more than the model's max_seq_len"),
+    "no-validation": ({"validator.enable": False}, "validator.enable is false"),
     "no-text": ({"recipe_args": {"data": "tokens", "data_path": "nowhere"}}, "nowhere holds no tokens.json"),
 }
 

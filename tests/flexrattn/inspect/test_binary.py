@@ -106,5 +106,7 @@ def _shape(capability, dtype):
         save_every=16,
         start=False,
         summed=False,
+        sum_dtype=dtype,
+        decays=False,
         capability=capability,
     )

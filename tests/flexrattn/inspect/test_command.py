@@ -208,7 +208,10 @@ MISTAKES = {
     "layer-index": (["configs/debug.yaml", "--layer", "9"], "--layer 9: the model has layers 0 to 3"),
     "seq-len": (["configs/debug.yaml", "--seq-len", "0"], "--seq-len must be positive, got 0"),
     "too-long": (["configs/debug.yaml", "--seq-len", "1000000"], "more than the model's max_seq_len 131072"),
-    "documents": (["configs/debug.yaml", "--documents", "3,4"], "must add up to the sequence, 512 tokens"),
+    "documents": (
+        ["configs/debug.yaml", "--documents", "3,4"],
+        "must be lengths >= 1 that add up to the sequence, 512 tokens",
+    ),
     "documents-text": (["configs/debug.yaml", "--documents", "a"], "--documents takes lengths such as"),
     "no-such-file": (["configs/debgu.yaml"], "does not exist, did you mean 'configs/debug.yaml'?"),
     "config-that-does-not-build": (
@@ -274,12 +277,35 @@ def test_reports_of_another_schema_are_refused(tmp_path, capsys, report):
         assert re.search(r"no report of this version|is no JSON", capsys.readouterr().err)
 
 
+def test_interrupted_is_one_line(monkeypatch, capsys):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "make_report", interrupt)
+    assert command.main(["configs/debug.yaml", *QUICK]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("lacks", ["gpu", "memory"])
+def test_a_report_that_lacks_something_is_refused(report, lacks):
+    plain = json.loads(json.dumps(report))
+    where = plain if lacks == "gpu" else plain["layers"][-1]
+    del where[lacks]
+    with pytest.raises(ValueError, match=f"x.json is no whole report, it lacks {lacks}: make it again"):
+        from_json(plain, "x.json")
+
+
 def test_an_out_that_is_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(SystemExit):
         command.main(["configs/debug.yaml", "--out", str(tmp_path / "out")])
     assert "is a file: name a folder" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
+    with pytest.raises(SystemExit):
+        command.main(["configs/debug.yaml", "--out", str(tmp_path / "out" / "below")])
+    said = capsys.readouterr().err
+    assert "out/below" in said
+    assert said.count("\n") == 1
 
 
 def browser() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import pytest
@@ -9,6 +10,17 @@ import torch
 
 from flexrattn.inspect import health
 from flexrattn.inspect.problem import load
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """A step runs in this process: its process group holds a port that processes of later tests would inherit."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def watch(*flags: str, **options):
@@ -26,6 +38,12 @@ def test_a_compiled_step_is_healthy():
     # One for the local layers and one for the global layer; the loss is compiled as well.
     assert found["graphs"] >= 2
     assert "4 layers (compiled" in found["what"]
+
+
+def test_windows_are_drawn_in_the_watched_steps():
+    """A window anew for each of them, and nothing compiles again."""
+    found = watch(*COMPILED, "--recipe_args.local_mask.stochastic_window.values", "[3, 5, 9, 20, 33]")
+    assert (found["graph_breaks"], found["recompiles"]) == ([], [])
 
 
 def test_a_recompilation_in_the_step_is_found(monkeypatch):

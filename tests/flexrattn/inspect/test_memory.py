@@ -69,3 +69,15 @@ def test_a_layer_is_traced_as_it_runs_on_a_gpu():
     assert impl() == "triton"
     assert impl("--recipe_args.model.head_dim", "48") == "torch"
     assert impl("--recipe_args.scan_impl", "torch") is None
+
+
+def test_a_drawn_window_is_traced_as_in_training():
+    """As data: the keys that it shifts are kept besides what a fixed window keeps."""
+    fixed = problem("configs/debug.yaml", layers=["local"])
+    flags = (
+        "--recipe_args.local_mask.stochastic_window.low",
+        "8",
+        "--recipe_args.local_mask.stochastic_window.high",
+        "9",
+    )
+    assert kept(problem("configs/debug.yaml", *flags, layers=["local"]))[0] > kept(fixed)[0]

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from flexrattn.inspect import command, device, health
 from flexrattn.inspect.gpus import GPUS
 from flexrattn.inspect.problem import load
+from score_mods import dense_mask
 
 
 def asked(*flags: str, source: str = "configs/debug.yaml", **options):
@@ -91,6 +92,24 @@ def test_layers_are_named_and_counted():
     assert [(x.name, x.count) for x in only.layers] == [("local", 4)]
     with pytest.raises(ValueError, match="--layer global: the model has only local layers"):
         asked("--recipe_args.pattern", "[local]", layers=["global"])
+
+
+@pytest.mark.parametrize("kind", ["rattention", "swa", "hymba"])
+def test_global_layers_with_rope_are_still_global(kind):
+    made = asked("--recipe_args.global_rope", "true", "--recipe_args.layer_kind", kind)
+    assert [(x.name, x.index, x.count) for x in made.layers] == [("local", 0, 3), ("global", 3, 1)]
+
+
+def test_sinks_begin_anew_with_each_document():
+    """The mask of a report is the model's: it is asked for positions in the document."""
+    flags = "--recipe_args.layer_masks.0.attention_sink.sinks", "2", "--recipe_args.window", "3"
+    made = asked(*flags, seq_len=40, batch=1, documents=[15, 25], layers=["0"])
+    model = made.model.build()
+    kept = model.get_attention_masks(made.positions("cpu"))[made.layers[0].attention.mask]
+    shown = dense_mask(made.mask(made.layers[0], whole=True), batch=1, q_len=40, kv_len=40, device="cpu")
+    assert torch.equal(shown, kept)
+    assert kept[0, 0, 39, 15]
+    assert not kept[0, 0, 39, 0]
 
 
 def test_a_report_on_a_gpu_uses_what_was_measured(gpu, monkeypatch):

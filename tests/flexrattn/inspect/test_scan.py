@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from flexrattn import model_registry
 from flexrattn.inspect import binary, scan
 from flexrattn.inspect.scan import ScanShape, scan_launches, why_no_kernels, work
 
@@ -29,6 +30,8 @@ SHAPE = ScanShape(
     save_every=16,
     start=False,
     summed=False,
+    sum_dtype=torch.bfloat16,
+    decays=False,
     capability=90,
 )
 
@@ -77,6 +80,32 @@ def test_the_branches_sum_reads_and_writes_each_tensor_once():
         assert flops == 0
         # Scales, and the programs' shares of their gradients.
         assert tensors * branch < nbytes < 1.6 * tensors * branch
+
+
+def shape_of(**layers) -> ScanShape:
+    attention = model_registry("debug", **layers).model.layers[0].attention
+    return scan.scan_shape(attention, batch=1, seq_len=64, dtype=torch.bfloat16, capability=90)
+
+
+def test_a_layer_is_asked_for_what_it_hands_to_its_scan():
+    """Half of the heads, a scan in fp32, a window that is data: each as the layer itself does it."""
+    assert (shape_of(window=9).H, shape_of(window=9).G, shape_of(window=9).window) == (4, 2, 9)
+    assert (shape_of(layer_kind="hymba", window=9).H, shape_of(layer_kind="hymba", window=9).G) == (2, 1)
+    decays = shape_of(window=9, decay_gate=True)
+    assert (decays.dtype, decays.sum_dtype, decays.decays) == (torch.float32, torch.bfloat16, True)
+    assert shape_of(window=9, local_mask={"stochastic_window": {"low": 2, "high": 4}}).window is None
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_decays_are_read_by_the_kernels(start):
+    with_decays = scan_launches(changed(dtype=torch.float32, decays=True, start=start))
+    without = scan_launches(changed(dtype=torch.float32, start=start))
+    assert [each.name for each in with_decays] == [each.name for each in without]
+    for a, b in zip(with_decays, without, strict=True):
+        if "cum_hi" in b.launch.args:
+            assert a.launch.args["cum_hi"] is not None
+            assert b.launch.args["cum_hi"] is None
+    assert sum(work(a.launch)[1] for a in with_decays) > sum(work(a.launch)[1] for a in without)
 
 
 def test_values_are_taken_in_parts():
