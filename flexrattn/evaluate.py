@@ -28,7 +28,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
@@ -262,11 +261,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(make_parser().parse_args(arguments))
     except (ValueError, OSError) as error:
         print(f"evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except CheckpointException as error:  # a file of it is missing or cut
-        first, _ = next(iter(error.failures.values()))
-        why = " ".join(f"{type(first).__name__} {first}".split())
-        print(f"evaluate: error: the newest checkpoint there cannot be read: {why}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -213,7 +213,12 @@ def _read_dcp(folder: Path, wanted: dict[str, Tensor]) -> None:
     saved = {name: torch.empty(x.shape, dtype=tensors[name].properties.dtype) for name, x in wanted.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant: one process reads all
-        dcp.load(saved, storage_reader=reader, no_dist=True)
+        try:
+            dcp.load(saved, storage_reader=reader, no_dist=True)
+        except dcp.CheckpointException as error:  # a file of it is missing or cut
+            first, _ = next(iter(error.failures.values()))
+            why = " ".join(f"{type(first).__name__} {first}".split())
+            raise ValueError(f"{folder} cannot be read as a checkpoint: {why}") from None
     for name, x in wanted.items():
         x.copy_(saved[name])
 
