@@ -11,7 +11,8 @@ platform.setup()
 
 from flexrattn.attention import HeadRMSNorm, LayerKind, RAttention, ResidualLinearBranch  # noqa: E402
 from flexrattn.flavors import FLAVORS, Flavor, Layers, build_model_config, make_layers, resolve_flavor  # noqa: E402
-from flexrattn.model import MaskSpec, RAttentionModel  # noqa: E402
+from flexrattn.masked_attention import MaskSpec  # noqa: E402
+from flexrattn.model import RAttentionModel  # noqa: E402
 from flexrattn.registry import model_registry  # noqa: E402
 
 __version__ = "0.1.0"

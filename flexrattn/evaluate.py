@@ -24,7 +24,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 
 from flexrattn import branch_shares, platform
+from flexrattn.command_line import DTYPES, Parser, check_device
 from flexrattn.data.text import TextDataLoader
 from flexrattn.decode.checkpoint import CONFIG_FILE, Checkpoint, find_checkpoint, load_model, load_tokenizer, progress
 from flexrattn.evaluation import (
@@ -44,8 +45,6 @@ from flexrattn.evaluation import (
     write_json,
 )
 from flexrattn.model import RAttentionModel
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Evaluator:
@@ -200,13 +199,8 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m flexrattn.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -224,8 +218,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device cuda, but torch {torch.__version__} sees no GPU on this machine")
+    check_device(options.device)
     if options.out and Path(options.out).is_dir():
         raise ValueError(f"--out {options.out} is a folder: name a file")
     evaluator = Evaluator.load(

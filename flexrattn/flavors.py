@@ -29,8 +29,8 @@ from flexrattn.attention import (
 )
 from flexrattn.initializers import Constant, DecayRate, Normal, StepBias
 from flexrattn.layer_choice import check_selectors, resolve_layers
-from flexrattn.masked_attention import KERNEL_OPTIONS, MaskedAttention, ScoreModSpec
-from flexrattn.model import Block, GatedFeedForward, MaskSpec, RAttentionModel
+from flexrattn.masked_attention import KERNEL_OPTIONS, MaskedAttention, MaskSpec, ScoreModSpec
+from flexrattn.model import Block, GatedFeedForward, RAttentionModel
 from flexrattn.suggest import choose
 from scan_kernels import available_feature_maps
 from score_mods import MaskMod, mask_info, required_arguments, residual_of, score_info

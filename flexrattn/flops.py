@@ -25,7 +25,6 @@ from score_mods import MaskMod, kept_pairs, mask_info
 
 if TYPE_CHECKING:
     from flexrattn.attention import RAttention
-    from flexrattn.model import MaskSpec
 
 # A backward costs two matrix products for each of the forward's.
 TRAINING_FACTOR = 3
@@ -48,11 +47,11 @@ def mean_kept_keys(mask: MaskMod, seq_len: int) -> float:
 
 
 def attention_flops_per_token(
-    attention: RAttention.Config, seq_len: int, masks: Mapping[str, MaskSpec] | None = None
+    attention: RAttention.Config, seq_len: int, kept_keys: Mapping[str, float] | None = None
 ) -> float:
     """Forward FLOPs per token of a layer's branches, projections not included.
 
-    masks: the model's; without them the layer has the mask of its kind, a window or causal.
+    kept_keys: `mean_kept_keys` of the model's masks; without them the layer has that of its kind, a window or causal.
     """
     n_heads, n_kv_heads, head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
     assert n_kv_heads is not None
@@ -61,10 +60,10 @@ def attention_flops_per_token(
         n_heads, n_kv_heads = n_heads // 2, n_kv_heads // 2
     total = 0.0
     if attention.has_softmax:
-        if masks is None:
+        if kept_keys is None:
             keys = mean_visible_keys(attention.window if attention.kind != "full" else None, seq_len)
         else:
-            keys = mean_kept_keys(masks[attention.mask].build(), seq_len)
+            keys = kept_keys[attention.mask]
         total += 4 * n_heads * head_dim * keys
     if attention.residual is not None:
         features = feature_dim(attention.residual.feature_map, head_dim)
@@ -77,5 +76,6 @@ def nparams_and_flops_per_token(config: Any, model: torch.nn.Module, seq_len: in
     nparams = sum(p.numel() for p in model.parameters())
     lookup = 0 if config.enable_weight_tying else config.vocab_size * config.dim
     forward = 2.0 * (nparams - lookup)
-    forward += sum(attention_flops_per_token(layer.attention, seq_len, config.masks) for layer in config.layers)
+    kept_keys = {key: mean_kept_keys(spec.build(), seq_len) for key, spec in config.masks.items()}
+    forward += sum(attention_flops_per_token(layer.attention, seq_len, kept_keys) for layer in config.layers)
     return nparams, int(TRAINING_FACTOR * forward)

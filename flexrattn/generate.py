@@ -23,12 +23,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from flexrattn import platform
+from flexrattn.command_line import DTYPES, Parser, check_device
 from flexrattn.decode.cache import check_decodable
 from flexrattn.decode.checkpoint import export, find_checkpoint, load_model, load_tokenizer
 from flexrattn.decode.engine import EagerStepper, Engine
@@ -38,7 +38,6 @@ from flexrattn.model import RAttentionModel
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IMPLS = ("auto", "torch", "triton")
 
 
@@ -192,13 +191,8 @@ def choose_stepper(model: RAttentionModel, impl: str) -> type[EagerStepper]:
     return EagerStepper
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m flexrattn.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -238,8 +232,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("the prompt is empty: give some text")
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be 1 or more, got {options.max_new_tokens}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device cuda, but torch {torch.__version__} sees no GPU on this machine")
+    check_device(options.device)
     generator = Generator.load(
         options.checkpoint,
         device=options.device,

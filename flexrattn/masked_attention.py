@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtitan.models.common.attention import FlexAttention
 
-from score_mods import ScoreMod, dense_attention, make_score_mod, score_info, tensors_in
+from score_mods import MaskMod, ScoreMod, dense_attention, make_mask, make_score_mod, score_info, tensors_in
 
 # A mask for one attention kind: sparse blocks where a kernel uses them, a (B or 1, 1, T, T) boolean where not.
 Mask = BlockMask | torch.Tensor
@@ -50,17 +50,28 @@ def check_backend(kernel_options: Mapping[str, Any], device: torch.device) -> No
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreModSpec:
-    """A score mod by its registered name or "package.module:factory", and the factory's arguments."""
+class NamedFactory:
+    """A registered name or "package.module:factory", and the factory's arguments."""
 
     name: str
     args: dict[str, Any] = field(default_factory=dict)
 
-    def build(self) -> ScoreMod:
-        return make_score_mod(self.name, **self.args)
-
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "args": dict(self.args)}
+
+
+class MaskSpec(NamedFactory):
+    """A mask by its name."""
+
+    def build(self) -> MaskMod:
+        return make_mask(self.name, **self.args)
+
+
+class ScoreModSpec(NamedFactory):
+    """A score mod by its name."""
+
+    def build(self) -> ScoreMod:
+        return make_score_mod(self.name, **self.args)
 
 
 class MaskedAttention(FlexAttention):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torchtitan.tools.logging import logger
 
 from flexrattn import flops
 from flexrattn.attention import RAttention
-from flexrattn.masked_attention import Mask
+from flexrattn.masked_attention import Mask, MaskSpec
 from flexrattn.packing import document_ids_from_positions
 from score_mods import (
     MaskMod,
@@ -21,7 +21,6 @@ from score_mods import (
     dense_mask,
     drawn_window,
     in_documents,
-    make_mask,
     mask_info,
     reads_ahead,
     score_info,
@@ -67,20 +66,6 @@ class Block(TransformerBlock):
     ) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), attention_masks, positions)
         return x + self.feed_forward(self.ffn_norm(x))
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskSpec:
-    """A mask by its registered name or "package.module:factory", and the factory's arguments."""
-
-    name: str
-    args: dict[str, Any] = field(default_factory=dict)
-
-    def build(self) -> MaskMod:
-        return make_mask(self.name, **self.args)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "args": dict(self.args)}
 
 
 class RAttentionModel(Decoder):

@@ -1,8 +1,9 @@
 """The residual linear branch of RAttention: the keys that a sliding window leaves out. Shapes: README.md."""
 
-from scan_kernels.api import Impl, residual_linear_attention
+from scan_kernels.api import residual_linear_attention
 from scan_kernels.branch_sum import head_rms_norm, sum_of_head_norms
 from scan_kernels.feature_maps import FeatureMap, apply_feature_map, available_feature_maps, feature_dim
+from scan_kernels.impl import Impl
 from scan_kernels.reference import residual_linear_attention_quadratic
 from scan_kernels.state import ResidualState, initial_state_from_pairs
 from scan_kernels.validation import check_values

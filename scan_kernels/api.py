@@ -1,7 +1,6 @@
 """The public op and the choice of its implementation."""
 
 import logging
-from enum import StrEnum
 from typing import Literal, overload
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from scan_kernels.chunked import chunked
 from scan_kernels.feature_maps import FeatureMap, parse_feature_map
 from scan_kernels.fused_ops import fused_scan, refusal
+from scan_kernels.impl import Impl, parse_impl
 from scan_kernels.reference import token_loop
 from scan_kernels.state import ResidualState, begin, end
 from scan_kernels.validation import validate
@@ -17,26 +17,8 @@ from scan_kernels.validation import validate
 logger = logging.getLogger("scan_kernels")
 
 
-class Impl(StrEnum):
-    """AUTO takes the fastest that the tensors allow and says once which; the others never fall back."""
-
-    AUTO = "auto"
-    REFERENCE = "reference"  # float64 token loop
-    TORCH = "torch"  # chunked, any device
-    TRITON = "triton"  # fused kernels
-
-
-# Dynamo of torch 2.11 cannot iterate over an enum class.
-_IMPLS = tuple(Impl)
 _SOLVERS = {Impl.REFERENCE: token_loop, Impl.TORCH: chunked}
 _announced: set[str] = set()
-
-
-def _parse_impl(impl: Impl | str) -> Impl:
-    for each in _IMPLS:
-        if impl == each.value:
-            return each
-    raise ValueError(f"impl must be one of {', '.join(_IMPLS)}, got {impl!r}")
 
 
 # Runs while a graph is traced, so that compiled programs are told too.
@@ -139,7 +121,7 @@ def residual_linear_attention(
     States are summed in fp32 (float64 for float64 inputs), also under autocast. Differentiable in q, k, v, decay and
     the initial state.
     """
-    feature_map, impl = parse_feature_map(feature_map), _parse_impl(impl)
+    feature_map, impl = parse_feature_map(feature_map), parse_impl(impl)
     validate(
         q,
         k,

@@ -13,10 +13,9 @@ worth: docs/kernels.md. Importing this file needs no Triton.
 import torch
 from torch import Tensor
 
-from scan_kernels.fused_ops import DTYPES, environment_refusal
+from scan_kernels.fused_ops import DTYPES, WIDTHS, environment_refusal
+from scan_kernels.impl import Impl, parse_impl
 from scan_kernels.precision import accumulation_dtype
-
-WIDTHS = (16, 32, 64, 128, 256)
 
 
 def head_rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -42,7 +41,7 @@ def branch_sum_refusal(a: Tensor, b: Tensor, weight_a: Tensor, weight_b: Tensor)
 
 
 def sum_of_head_norms(
-    a: Tensor, b: Tensor, weight_a: Tensor, weight_b: Tensor, *, eps: float, impl: str = "auto"
+    a: Tensor, b: Tensor, weight_a: Tensor, weight_b: Tensor, *, eps: float, impl: Impl | str = Impl.AUTO
 ) -> Tensor:
     """norm(a) * weight_a + norm(b) * weight_b over the head width (the law at the top of this file).
 
@@ -65,13 +64,12 @@ def sum_of_head_norms(
         raise ValueError(f"branches must be of one floating dtype, got {a.dtype} and {b.dtype}")
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
-    if impl not in ("auto", "reference", "torch", "triton"):
-        raise ValueError(f"impl must be one of auto, reference, torch, triton, got {impl!r}")
-    if impl in ("auto", "triton"):
+    impl = parse_impl(impl)
+    if impl in (Impl.AUTO, Impl.TRITON):
         reason = branch_sum_refusal(a, b, weight_a, weight_b)
-        if not reason and (a.device.type == "cuda" or impl == "triton"):
+        if not reason and (a.device.type == "cuda" or impl is Impl.TRITON):
             return branch_sum_fwd(a, b, weight_a, weight_b, eps)
-        if impl == "triton":
+        if impl is Impl.TRITON:
             raise ValueError(f'impl="triton" {reason}; impl="torch" takes all inputs on every device')
     return head_rms_norm(a, weight_a, eps=eps) + head_rms_norm(b, weight_b, eps=eps)
 

@@ -28,6 +28,7 @@ from typing import Any
 
 from flexrattn.ablate.code import ROOT, digest_of
 from flexrattn.evaluation import GROUPS
+from flexrattn.launch import USER_ERRORS
 from flexrattn.quiet import quiet_log
 from flexrattn.suggest import choose, did_you_mean
 from flexrattn.yaml_config import NAMED, build_config, holds_name, key_path, load_yaml
@@ -376,7 +377,7 @@ def build_arms(study: Study, *, ranks: int = 1, check_files: bool = True) -> dic
                     if getattr(config.dataloader, "dataset", None) == "tokens":
                         read_manifest(config.dataloader.dataset_path)
             facts[arm.name] = _facts(configs[0], configs[1] if tuning else None, ranks)
-        except (ValueError, AssertionError, NotImplementedError, FileNotFoundError) as error:
+        except USER_ERRORS as error:
             message = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{study.path}: arm {arm.name!r} cannot be built: {message}") from error
     for what in ("tokens", "tuning_tokens"):

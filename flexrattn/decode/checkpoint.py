@@ -21,8 +21,8 @@ from torchtitan.models.common.rope import RoPE
 from flexrattn.attention import LayerKind
 from flexrattn.data.tokenizer import ByteTokenizer, check_vocabulary
 from flexrattn.flavors import Flavor, Layers, build_model_config
-from flexrattn.masked_attention import ScoreModSpec
-from flexrattn.model import MaskSpec, RAttentionModel
+from flexrattn.masked_attention import MaskSpec, ScoreModSpec
+from flexrattn.model import RAttentionModel
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -23,10 +23,10 @@ from flexrattn.inspect.page import page
 from flexrattn.inspect.paths import without_paths
 from flexrattn.inspect.problem import DTYPES, Problem, load
 from flexrattn.inspect.text import to_text
+from flexrattn.launch import TRACEBACK_VARIABLE
 from flexrattn.suggest import did_you_mean
 
 _ENDINGS = {"python": "py", "ttir": "ttir", "gluon": "gluon", "ttgir": "ttgir", "ptx": "ptx", "sass": "sass"}
-TRACEBACK_VARIABLE = "FLEXRATTN_TRACEBACK"
 
 
 class _OneLineParser(argparse.ArgumentParser):

@@ -11,8 +11,8 @@ from flexrattn import build_model_config, make_layers, resolve_flavor
 from flexrattn.attention import ResidualLinearBranch, shifted_keys
 from flexrattn.decode.cache import DecodeCache
 from flexrattn.flops import attention_flops_per_token, mean_kept_keys
-from flexrattn.masked_attention import MaskedAttention, ScoreModSpec
-from flexrattn.model import MaskSpec, describe_layer, refuse_split_heads
+from flexrattn.masked_attention import MaskedAttention, MaskSpec, ScoreModSpec
+from flexrattn.model import describe_layer, refuse_split_heads
 from score_mods import (
     build_block_mask,
     dense_mask,
@@ -324,10 +324,11 @@ def test_flops_are_those_of_the_pairs_that_a_mask_keeps():
         1: [(min(t, 2) + min(t, 9)) / 2 + 1 for t in range(T)],
         3: [sum(MASKS_LAW[3](t, j) for j in range(T)) for t in range(T)],
     }
+    kept_keys = {key: mean_kept_keys(spec.build(), T) for key, spec in config.masks.items()}
     for i, keys in kept.items():
         attention = config.layers[i].attention
         expected = 4 * 4 * 8 * sum(keys) / T + (2 * 16 * 8 * 6 if i < 3 else 0)
-        assert attention_flops_per_token(attention, T, config.masks) == pytest.approx(expected)
+        assert attention_flops_per_token(attention, T, kept_keys) == pytest.approx(expected)
     assert mean_kept_keys(make_mask("causal"), T) == (T + 1) / 2
 
 
