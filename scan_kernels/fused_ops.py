@@ -320,10 +320,12 @@ class _WithInputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do: Tensor | None, *others: Tensor | None):
-        inputs, kept = Inputs(*ctx.saved_tensors[:10]), ctx.saved_tensors[10:]
         if do is None:
             return *others, *(None,) * 10
-        grads = fused_bwd(do, None, *inputs, None, *kept, *others, ctx.lag, ctx.feature_map, ctx.save_every)
+        *saved, kept, kept_sums = ctx.saved_tensors  # checkpointing gives them once
+        inputs = Inputs(*saved)
+        options = (ctx.lag, ctx.feature_map, ctx.save_every)
+        grads = fused_bwd(do, None, *inputs, None, kept, kept_sums, *others, *options)
         return *_in_order(inputs, grads), None, None, None
 
 
