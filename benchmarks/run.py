@@ -92,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "rla":
             add("--with-torch-scan", action="store_true", help='also impl="torch", which is slow')
             add("--save-every", type=int, nargs="+", default=[], metavar="M", help="also with these states kept")
+        add("--only", nargs="+", metavar="NAME", help="contenders by the beginnings of their names")
         _add_common(add)
     about = "whole steps of decoding"
     command = commands.add_parser("decode", help=about, description=about)
@@ -153,6 +154,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
     else:
         contenders = layers.train_step(options.flavor, options.window)
         inputs_of = partial(layers.block_inputs, dim=FLAVORS[options.flavor].dim)
+    if options.only:
+        contenders = _chosen(contenders, options.only)
     shapes = [
         Shape(
             B=options.tokens // T,
@@ -175,6 +178,14 @@ def make_plan(options: argparse.Namespace) -> Plan:
         seed=options.seed,
         dtype=options.dtype,
     )
+
+
+def _chosen(contenders: Sequence[Contender], names: Sequence[str]) -> list[Contender]:
+    known = [contender.name for contender in contenders]
+    for name in names:
+        if not any(each.startswith(name) for each in known):
+            raise BadOptions(f"--only must be among {', '.join(known)}, got {name!r}")
+    return [contender for contender in contenders if contender.name.startswith(tuple(names))]
 
 
 def _check_outputs(options: argparse.Namespace) -> None:

@@ -102,7 +102,7 @@ def _fused_scan(problem: ScanProblem, with_final: bool, save_every: int) -> Scan
 def fused_scan_and_inputs(
     problem: ScanProblem, *, save_every: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, and the problem's q, k, v for other readers: what they give to dq, dk, dv is added by this branch's kernels."""
+    """o, and the problem's q, k, v for other readers, whose gradients this branch's kernels add to their own."""
     if problem.v_BMGD.shape[3] > value_columns(problem.q_BTHD.dtype, problem.q_BTHD.shape[3]):
         # In parts: autograd adds up what they give to dq and dk anyway.
         o_BTHD = fused_scan(problem, with_final=False, save_every=save_every).o_BTHD
@@ -166,7 +166,7 @@ class Inputs(NamedTuple):
 
 
 class OtherGrads(NamedTuple):
-    """What other readers of q, k, v give to their gradients: the kernels that write dq, dk, dv add it. None: nothing."""
+    """What other readers of q, k, v give to their gradients; the kernels of dq, dk, dv add it. None: nothing."""
 
     dq: Tensor | None = None
     dk: Tensor | None = None
@@ -329,9 +329,9 @@ class _WithInputs(torch.autograd.Function):
         return *_in_order(inputs, grads), None, None, None
 
 
-# An operator that is made of others, for the sake of torch.compile: it traces this one as a single call and `fused_fwd`
-# inside it later. A Function that Dynamo traces itself loses the tags of activation checkpointing in torch 2.11, so that
-# `full` would keep what it should compute again. (A custom op of one's own may not return its inputs.)
+# An operator made of others, for the sake of torch.compile: Dynamo sees a single call, and `fused_fwd` is traced inside
+# it later. A Function that Dynamo traces itself loses the tags of activation checkpointing in torch 2.11: `full` would
+# keep what it should compute again. (And a custom op may not return its inputs.)
 _LIBRARY = torch.library.Library("scan_kernels", "FRAGMENT")
 _LIBRARY.define(
     "fused_with_inputs(Tensor(a) q, Tensor(b) k, Tensor(c) v, Tensor? rows, Tensor? query_doc, Tensor? key_doc, "

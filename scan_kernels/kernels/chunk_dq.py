@@ -21,8 +21,8 @@ def _row_dot(query, dphi, SIGN, MAP: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def chunk_dq_kernel(
-    q, k, v, do, dq, dq_other, d_read, d_start, cum_hi, cum_lo, query_doc, key_doc, carried_doc, start, start_sum, start_log,
-    states, sums, factors, carry, carry_sums,
+    q, k, v, do, dq, dq_other, d_read, d_start, cum_hi, cum_lo, query_doc, key_doc, carried_doc,
+    start, start_sum, start_log, states, sums, factors, carry, carry_sums,
     q_sb, q_st, q_sh, q_sd, k_sb, k_st, k_sg, k_sd, v_sb, v_st, v_sg, v_sd, do_sb, do_st, do_sh, do_sd,
     dqo_sb, dqo_st, dqo_sh, dqo_sd, qdoc_sb, qdoc_st, doc_sb, doc_st,
     T, lag, N, G, X, SEGMENT,

@@ -120,7 +120,8 @@ def _with_other(x, p_other, stride, first, M, C: gl.constexpr, D: gl.constexpr, 
 
 @gluon.jit
 def hopper_dkv_kernel(
-    q, k, v, do, dk, dv, dk_other, dv_other, query_doc, key_doc, carried_doc, states, sums, factors, carry, carry_sums, logs,
+    q, k, v, do, dk, dv, dk_other, dv_other, query_doc, key_doc, carried_doc,
+    states, sums, factors, carry, carry_sums, logs,
     q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh,
     dko_sb, dko_st, dko_sg, dvo_sb, dvo_st, dvo_sg, qdoc_sb, qdoc_st, doc_sb, doc_st,
     T, M, lag, N, G, SEGMENT,

@@ -9,6 +9,7 @@ from flexrattn import make_layers, resolve_flavor
 from flexrattn.attention import HeadRMSNorm
 from flexrattn.flavors import build_model_config
 from flexrattn.head_split import merge_groups, split_groups
+from flexrattn.inspect.scan import scan_shape
 from flexrattn.masked_attention import MaskedAttention
 from scan_kernels import residual_linear_attention_and_inputs
 from score_mods import build_block_mask, sliding_window
@@ -189,28 +190,23 @@ def test_which_gradients_the_linear_branch_joins(options, joined, monkeypatch):
         return o, *passed
 
     monkeypatch.setattr("flexrattn.attention.residual_linear_attention_and_inputs", scan)
-    model, attention, _ = build({"layer_kind": "rattention", "window": 5, "global_rope": False, **options})
+    model, attention, config = build({"layer_kind": "rattention", "window": 5, **options})
     model.bfloat16()
     model.set_step(1)
     attention.rope = None  # so that q and k come as they are
     read: dict[str, torch.Tensor] = {}
     attention.inner_attention.register_forward_pre_hook(lambda module, args: read.update(zip("qkv", args, strict=True)))
     positions = positions_of(DOCUMENTS)[None]
-    attention(torch.randn(1, T, SIZE["dim"]).bfloat16(), model.get_attention_masks(positions), positions)
+    masks = model.get_attention_masks(positions)
+    attention(torch.randn(1, T, SIZE["dim"]).bfloat16(), masks, positions)
     assert "".join(name for name, x in read.items() if any(x is y for y in passed)) == joined
-
-
-def test_tensor_parallel_layers_join_nothing():
-    """Each branch is then called on its own, by torchtitan's local_map."""
-    _, attention, _ = build({"layer_kind": "rattention", "window": 5})
+    # What `python -m flexrattn.inspect` compiles is what trains.
+    shape = scan_shape(config, batch=1, seq_len=T, dtype=torch.bfloat16, capability=90)
+    assert shape.joined == joined
     attention.joins_gradients = False
-    outputs = []
-    attention.residual.register_forward_hook(lambda module, args, out: outputs.append(out))
-    q, k, v = torch.randn(1, T, 4, 8), torch.randn(1, T, 2, 8), torch.randn(1, T, 2, 8)
-    mask = sliding_window(5)
-    linear, inputs = attention._linear_branch(q, k, v, None, None, joins=False)
-    assert outputs[0] is linear
-    assert all(x is y for x, y in zip(inputs, (q, k, v), strict=True))
+    passed.clear()
+    attention(torch.randn(1, T, SIZE["dim"]).bfloat16(), masks, positions)
+    assert not passed
 
 
 def test_split_groups_and_back():

@@ -1,4 +1,4 @@
-"""A linear branch and another reader of its q, k, v, with one node for their gradients and with autograd's additions."""
+"""A linear branch and another reader of its q, k, v: one node for their gradients, and autograd's additions."""
 
 from collections.abc import Callable
 
@@ -38,7 +38,7 @@ def solve(entry: Entry, inputs: Inputs, used: str = "qkv", **options) -> dict[st
 
 
 def check(inputs: Inputs, dtype: torch.dtype, tolerance: float, used: str = "qkv", **options) -> None:
-    """Against float64. In fp32, where a sum is rounded once either way, also bit by bit against autograd's additions."""
+    """Against float64; in fp32, where a sum is rounded once either way, also bit by bit with autograd's additions."""
     inputs = cast(cast(inputs, dtype), torch.float64)
     expected = solve(apart, inputs, used, impl="torch", **options)
     got = solve(residual_linear_attention_and_inputs, cast(inputs, dtype), used, impl="triton", **options)
