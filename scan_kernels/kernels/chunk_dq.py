@@ -91,7 +91,6 @@ def chunk_dq_kernel(
     o_do = (o_r // C * do_sh + o_r % C * do_st)[:, None] + o_v[None, :] * do_sd
     if dq_other is not None:
         dq_other += b * dqo_sb + g * R * dqo_sh + (n * C).to(tl.int64) * dqo_st
-        o_other = (o_r // C * dqo_sh + o_r % C * dqo_st)[:, None] + o_d[None, :] * dqo_sd
     row = (b * T + n * C) * G * R + g * R
     o_row = o_r % C * G * R + o_r // C
     for r in range(0, R, HEADS):
@@ -142,6 +141,7 @@ def chunk_dq_kernel(
         if any_bad != 0:
             d_query = tl.where(reads_bad[:, None], float("nan"), d_query)
         if dq_other is not None:
+            o_other = (o_r // C * dqo_sh + o_r % C * dqo_st)[:, None] + o_d[None, :] * dqo_sd
             other = tl.load(dq_other + r * dqo_sh + o_other, mask=m_i[:, None], other=0.0)
             d_query = d_query.to(tl.float32) + other.to(tl.float32)
         tl.store(
