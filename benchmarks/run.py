@@ -92,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "rla":
             add("--with-torch-scan", action="store_true", help='also impl="torch", which is slow')
             add("--save-every", type=int, nargs="+", default=[], metavar="M", help="also with these states kept")
-        add("--only", nargs="+", metavar="NAME", help="contenders by the beginnings of their names")
+        add("--only", nargs="+", metavar="NAME", help="contenders by their names or beginnings of them")
         _add_common(add)
     about = "whole steps of decoding"
     command = commands.add_parser("decode", help=about, description=about)
@@ -185,7 +185,9 @@ def _chosen(contenders: Sequence[Contender], names: Sequence[str]) -> list[Conte
     for name in names:
         if not any(each.startswith(name) for each in known):
             raise BadOptions(f"--only must be among {', '.join(known)}, got {name!r}")
-    return [contender for contender in contenders if contender.name.startswith(tuple(names))]
+    # A whole name is that one alone.
+    beginnings = tuple(name for name in names if name not in known)
+    return [each for each in contenders if each.name in names or (beginnings and each.name.startswith(beginnings))]
 
 
 def _check_outputs(options: argparse.Namespace) -> None:

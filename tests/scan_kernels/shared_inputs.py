@@ -17,7 +17,7 @@ def apart(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor, T
 
 
 def other(q: Tensor, k: Tensor, v: Tensor, used: str = "qkv") -> Tensor:
-    """The other reader, of q, k, v or some of them, in fp32 or wider: as wide as the linear branch, every row counts."""
+    """The other reader, of q, k, v or some of them, in fp32 or wider; as wide as the linear branch."""
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     R = q.shape[2] // k.shape[2]
     o = torch.zeros_like(v).repeat_interleave(R, dim=2)
