@@ -24,7 +24,7 @@ from torchtitan.models.common.attention import GQAttention
 from torchtitan.protocols.module import Module
 
 from flexrattn.branch_shares import add_squares
-from flexrattn.head_split import local, merge_groups, split_groups
+from flexrattn.head_split import QKV, local, merge_groups, split_groups
 from flexrattn.masked_attention import Mask, MaskedAttention
 from flexrattn.packing import document_ids_from_positions
 from scan_kernels import (
@@ -178,15 +178,17 @@ class ResidualLinearBranch(Module):
         decay: torch.Tensor | None = None,
         initial_state: torch.Tensor | None = None,
         with_inputs: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    ) -> torch.Tensor | tuple[torch.Tensor, QKV]:
         scan = self._scan(q_BLNH, k_BLNH, v_BLNH, positions, decay, initial_state)
         if not with_inputs:
             return residual_linear_attention(**scan).to(q_BLNH.dtype)
         o_BLNH, *passed = residual_linear_attention_and_inputs(**scan)
         # What was changed for this branch is not what the other one reads.
-        given = {"q": q_BLNH, "k": k_BLNH, "v": v_BLNH}
-        inputs = (y if scan[name] is x else x for (name, x), y in zip(given.items(), passed, strict=True))
-        return o_BLNH.to(q_BLNH.dtype), tuple(inputs)
+        q, k, v = (
+            to_pass if scan[name] is given else given
+            for name, given, to_pass in zip("qkv", (q_BLNH, k_BLNH, v_BLNH), passed, strict=True)
+        )
+        return o_BLNH.to(q_BLNH.dtype), (q, k, v)
 
     def _scan(
         self,
@@ -346,8 +348,8 @@ class RAttention(GQAttention):
         swa_BTHD = rla_BTHD = None
         if self.residual is not None:
             joins = self.joins_gradients and self.inner_attention is not None and not self.splits_heads
-            rla_BTHD, inputs = self._linear_branch(*for_linear, decay_BTG, positions, joins)
-            for_softmax = inputs if joins else for_softmax
+            rla_BTHD, passed = self._linear_branch(*for_linear, decay_BTG, positions, joins)
+            for_softmax = passed or for_softmax
         if self.inner_attention is not None:
             assert mask is not None
             swa_BTHD = self._softmax_branch(*for_softmax, mask, positions)
@@ -363,18 +365,18 @@ class RAttention(GQAttention):
 
     def _linear_branch(
         self, q_BTHD, k_BTGD, v_BTGD, decay_BTG, positions, joins: bool
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Its output, and q, k, v for the softmax branch."""
-        given = scaled = (q_BTHD, k_BTGD, v_BTGD)
+    ) -> tuple[torch.Tensor, QKV | None]:
+        """Its output and, where it joins gradients, q, k, v for the softmax branch."""
+        scaled = (q_BTHD, k_BTGD, v_BTGD)
         if self.q_scale is not None and self.k_scale is not None:
             scaled = (self.q_scale(q_BTHD), self.k_scale(k_BTGD), v_BTGD)
         initial_state = None if self.initial_state is None else self.initial_state()
         assert self.residual is not None
         options = {"positions": positions, "decay": decay_BTG, "initial_state": initial_state}
         if not joins:
-            return self.residual(*scaled, **options), given
+            return self.residual(*scaled, **options), None
         rla_BTHD, passed = self.residual(*scaled, **options, with_inputs=True)
-        return rla_BTHD, passed if self.q_scale is None else (*given[:2], passed[2])
+        return rla_BTHD, passed if self.q_scale is None else (q_BTHD, k_BTGD, passed[2])
 
     def _join(self, swa_BTHD: torch.Tensor | None, rla_BTHD: torch.Tensor | None) -> torch.Tensor:
         """The branches' outputs as one, each through its norm: their sum, or all heads in the order of q's."""

@@ -175,8 +175,9 @@ def backward(
     run=Launch.run,
 ) -> Gradients:
     if plan.hopper:
-        options = {"with_init_grad": with_init_grad, "kept": kept, "others": others, "run": run}
-        return _hopper_backward(sizes, x, init, do, final_init, plan, **options)
+        return _hopper_backward(
+            sizes, x, init, do, final_init, plan, with_init_grad=with_init_grad, kept=kept, others=others, run=run
+        )
     compute = compute_dtype(x.q.dtype)
     final = None
     if kept is None:
@@ -389,8 +390,9 @@ def _solve_bwd_taped(
         others, problem = OtherGrads(*rest[:3]), Inputs(*rest[3:])
         sizes, x, plan = _hopper_problem(problem, lag, feature_map)
         kept = Kept(save_every, states, sums) if save_every else None
-        options = {"with_init_grad": False, "kept": kept, "others": others, "run": run}
-        grads = _hopper_backward(sizes, x, None, do, None, plan, **options)
+        grads = _hopper_backward(
+            sizes, x, None, do, None, plan, with_init_grad=False, kept=kept, others=others, run=run
+        )
         return grads.dq, grads.dk, grads.dv
 
     states = (None, None) if kept is None else (kept.states, kept.sums)

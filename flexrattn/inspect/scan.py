@@ -158,8 +158,7 @@ def scan_launches(shape: ScanShape) -> list[ScanLaunch]:
     # Tensors of their own, so that their bytes count.
     shared = {"q": q, "k": k, "v": v}
     others = OtherGrads(*(y.new_empty(y.shape) if name in shape.joined else None for name, y in shared.items()))
-    options = {"with_init_grad": False, "kept": kept, "others": others, "run": collect(True)}
-    fused.backward(sizes, x, init, do, None, plan, **options)
+    fused.backward(sizes, x, init, do, None, plan, with_init_grad=False, kept=kept, others=others, run=collect(True))
     return found
 
 

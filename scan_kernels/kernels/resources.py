@@ -121,8 +121,18 @@ class Case:
         *_, kept = fused.forward(sizes, x, init, plan, with_final=with_final, save_every=2, run=collect)
         d_final = empty(B * G, F + 1, DV, dtype=torch.float32) if with_final else None
         for start_from in (None, kept):
-            options = {"with_init_grad": with_final, "kept": start_from, "others": others, "run": collect}
-            fused.backward(sizes, x, init, do, d_final, plan, **options)
+            fused.backward(
+                sizes,
+                x,
+                init,
+                do,
+                d_final,
+                plan,
+                with_init_grad=with_final,
+                kept=start_from,
+                others=others,
+                run=collect,
+            )
         return list(found.values())
 
 
