@@ -351,11 +351,10 @@ class RAttention(GQAttention):
             rla_BTHD, passed = self._linear_branch(*for_linear, decay_BTG, positions, joins)
             for_softmax = passed or for_softmax
         if self.inner_attention is not None:
-            assert mask is not None
             swa_BTHD = self._softmax_branch(*for_softmax, mask, positions)
         return swa_BTHD, rla_BTHD
 
-    def _softmax_branch(self, q_BTHD, k_BTGD, v_BTGD, mask: Mask, positions) -> torch.Tensor:
+    def _softmax_branch(self, q_BTHD, k_BTGD, v_BTGD, mask: Mask | None, positions) -> torch.Tensor:
         if self.rope is not None:
             q_BTHD, k_BTGD = self.rope(q_BTHD, k_BTGD, positions)
         assert self.inner_attention is not None
