@@ -92,7 +92,7 @@ def _fused_scan(problem: ScanProblem, with_final: bool, save_every: int) -> Scan
         problem.lag,
         problem.feature_map.value,
         with_final,
-        save_every if _needs_gradient(inputs) else 0,
+        save_every if _needs_gradient(problem) else 0,
     )
     if with_final and documents is not None:
         final_BGFD = torch.where(documents.ends_running_B111, final_BGFD, 0.0)
@@ -103,15 +103,15 @@ def fused_scan_and_inputs(
     problem: ScanProblem, *, save_every: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o, and the problem's q, k, v for other readers, whose gradients this branch's kernels add to their own."""
-    if problem.v_BMGD.shape[3] > value_columns(problem.q_BTHD.dtype, problem.q_BTHD.shape[3]):
-        # In parts: autograd adds up what they give to dq and dk anyway.
+    in_parts = problem.v_BMGD.shape[3] > value_columns(problem.q_BTHD.dtype, problem.q_BTHD.shape[3])
+    if in_parts or not _needs_gradient(problem):
+        # Of parts, autograd adds up what they give to dq and dk anyway.
         o_BTHD = fused_scan(problem, with_final=False, save_every=save_every).o_BTHD
         return o_BTHD, problem.q_BTHD, problem.k_BMGD, problem.v_BMGD
     if save_every is None:
         save_every = DEFAULT_SAVE_EVERY
     with without_autocast(problem.q_BTHD.device.type):
         inputs, *_ = _op_inputs(problem, with_final=False)
-        save_every = save_every if _needs_gradient(inputs) else 0
         return torch.ops.scan_kernels.fused_with_inputs(*inputs, problem.lag, problem.feature_map.value, save_every)
 
 
@@ -146,8 +146,17 @@ def _op_inputs(problem: ScanProblem, *, with_final: bool) -> tuple["Inputs", Ten
     return inputs, final_log_BG, documents
 
 
-def _needs_gradient(inputs: "Inputs") -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+def _needs_gradient(problem: ScanProblem) -> bool:
+    tensors = (
+        problem.q_BTHD,
+        problem.k_BMGD,
+        problem.v_BMGD,
+        problem.decay_BMG,
+        problem.carried_BGFD,
+        problem.start_BXFD,
+        problem.start_log_decay_BG,
+    )
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 class Inputs(NamedTuple):
