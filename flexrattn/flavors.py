@@ -93,6 +93,10 @@ FLAVORS: dict[str, Flavor] = {
     ),
 }
 
+# A norm gives a branch unit RMS from the first step, ten times what embeddings and feed-forward add then. With 0.1 local
+# layers begin where those of plain windows do (docs/results/python_source_30m.md).
+BRANCH_SCALE = 0.1
+
 DEFAULT_PATTERN = ("local", "local", "local", "global")
 
 
@@ -109,7 +113,9 @@ class Layers:
     entries come before earlier ones, all of them before local_... and global_...
     A required argument `window` (`heads`) that a mask (score mod) is not given is the layers' own.
     branch_norm: the per-head norms before the sum; False is the paper's "no group norm" row.
-    swa_norm_init, rla_norm_init: what the scales of the softmax and of the linear branch's norms begin as.
+    swa_norm_init, rla_norm_init: what the scales of the softmax and of the linear branch's norms begin as; None is 0.1,
+    and for a linear branch that is added to a softmax branch 0. 1 and 1 is the authors' choice; with it small models
+    learned later (docs/results/norm_init.md).
     learned_initial_state, learned_qk_scale: the authors' options for the linear branch.
     decay_gate: the linear state decays by a learned gate a KV head and token; the paper's "Mamba2" row.
     global_rope: global layers rotate q and k as local ones do; else they carry no positions.
@@ -128,8 +134,8 @@ class Layers:
     global_score_mod: ScoreModSpec | None = None
     layer_score_mods: tuple[tuple[str, ScoreModSpec | None], ...] = ()
     branch_norm: bool = True
-    swa_norm_init: float = 1.0
-    rla_norm_init: float = 1.0
+    swa_norm_init: float | None = None
+    rla_norm_init: float | None = None
     decay_gate: bool = False
     global_rope: bool = False
     learned_initial_state: bool = False
@@ -156,8 +162,8 @@ def make_layers(
     global_score_mod_args: dict[str, Any] | None = None,
     layer_score_mods: Mapping[Any, Any] | None = None,
     branch_norm: bool = True,
-    swa_norm_init: float = 1.0,
-    rla_norm_init: float = 1.0,
+    swa_norm_init: float | None = None,
+    rla_norm_init: float | None = None,
     decay_gate: bool = False,
     global_rope: bool = False,
     learned_initial_state: bool = False,
@@ -187,9 +193,11 @@ def make_layers(
     for entry in pattern:
         choose(entry, ("local", "global"), what="pattern entry")
     for name, value in (("swa_norm_init", swa_norm_init), ("rla_norm_init", rla_norm_init)):
+        if value is None:
+            continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value!r}")
-        if value != 1.0 and not branch_norm:
+        if not branch_norm:
             raise ValueError(f"{name} {value} is the scale of a norm that branch_norm false leaves out")
     return Layers(
         kind=kind,
@@ -408,9 +416,12 @@ def _attention(
     residual_window = None if residual is None else residual.window
     # Heads of one branch.
     n_heads, n_kv_heads = (n // 2 if splits_heads else n for n in (size.n_heads, size.n_kv_heads))
+    adds_to_softmax = has_softmax and not splits_heads
+    swa_scale = BRANCH_SCALE if layers.swa_norm_init is None else layers.swa_norm_init
+    rla_scale = (0.0 if adds_to_softmax else BRANCH_SCALE) if layers.rla_norm_init is None else layers.rla_norm_init
     swa_norm, rla_norm = (
         HeadRMSNorm.Config(n_heads=n_heads, head_dim=size.head_dim, param_init={"weight": Constant(float(scale))})
-        for scale in (layers.swa_norm_init, layers.rla_norm_init)
+        for scale in (swa_scale, rla_scale)
     )
     head_scale = HeadScale.Config(head_dim=size.head_dim, param_init={"weight": nn.init.ones_})
     decay_gate = DecayGate.Config(

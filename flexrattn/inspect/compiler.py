@@ -6,6 +6,7 @@ Tried with torch 2.11 and 2.14. A name that moves is to be looked for in this fi
     torch._functorch.partitioners                      the split into forward and backward that Inductor takes
     torch._subclasses.fake_tensor.FakeTensorMode       tensors without memory
     torch._inductor.runtime.triton_heuristics          CachingAutotuner, by which generated kernels are launched
+    torch._inductor.runtime.compile_tasks              the ptxas that comes with torch
     torch._logging                                     graph breaks and recompilations, as they are logged
     torch.nn.attention.flex_attention._validate_device, scan_kernels.api.refusal
                                                        looked past while a layer is traced without a GPU
@@ -38,6 +39,28 @@ class SplitGraphs:
     outputs: list[Tensor]
     forward: Any  # torch.fx.GraphModule
     backward: Any
+
+
+def assembles_as_training() -> None:
+    """Let Triton take the ptxas that comes with torch, if one does, as torch.compile does for all that follows it.
+
+    Triton's own is of another CUDA version, and makes other registers and spills of the same kernel.
+    """
+    try:
+        from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
+    except ImportError:
+        return
+    _set_triton_ptxas_path()
+
+
+def ptxas_version() -> str:
+    """Of the assembler that `assembles_as_training` leaves in place; "" without Triton."""
+    assembles_as_training()
+    try:
+        from triton import knobs
+    except ImportError:
+        return ""
+    return str(knobs.nvidia.ptxas.version)
 
 
 class NotOneGraph(ValueError):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from flexrattn.inspect import binary, memory, scan
+from flexrattn.inspect import binary, compiler, memory, scan
 from flexrattn.inspect.compiler import Matmul
 from flexrattn.inspect.gpus import GPU, occupancy
 from flexrattn.inspect.problem import Layer, Problem
@@ -315,6 +315,7 @@ def head_of(problem: Problem) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": _version("triton"),
+            "ptxas": compiler.ptxas_version(),
             "torchtitan": _version("torchtitan"),
         },
     }

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexrattn.inspect.compiler import assembles_as_training
 from scan_kernels import feature_dim
 from scan_kernels.fused_ops import DEFAULT_SAVE_EVERY, DTYPES, WIDTHS, Inputs, OtherGrads, value_columns
 from scan_kernels.window import residual_shift
@@ -267,6 +268,7 @@ def compile_one(job: tuple[ScanShape, int, bool]) -> Compiled:
     """The body of a worker: the numbered launch of a shape."""
     from scan_kernels.kernels.resources import resources
 
+    assembles_as_training()
     shape, number, with_sass = job
     launch = scan_launches(shape)[number].launch
     try:

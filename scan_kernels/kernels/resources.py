@@ -48,9 +48,9 @@ class Resources:
     shared: int  # bytes of a program
 
 
-def _tool(name: str, capability: int) -> str:
-    found = triton.knobs.nvidia.ptxas_blackwell if capability >= 100 else triton.knobs.nvidia.ptxas
-    return found.path if name == "ptxas" else str(Path(found.path).with_name(name))
+def _assembler(capability: int) -> str:
+    tools = triton.knobs.nvidia
+    return (tools.ptxas_blackwell if capability >= 100 else tools.ptxas).path
 
 
 def resources(compiled: Any, capability: int) -> Resources:
@@ -58,7 +58,7 @@ def resources(compiled: Any, capability: int) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        command = [_tool("cuobjdump", capability), "--dump-resource-usage", str(cubin)]
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
         spilled = 0
@@ -66,7 +66,7 @@ def resources(compiled: Any, capability: int) -> Resources:
             ptx = Path(folder, "kernel.ptx")
             ptx.write_text(compiled.asm["ptx"])
             arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
-            command = [_tool("ptxas", capability), "-v", f"--gpu-name={arch}", str(ptx), "-o", str(cubin)]
+            command = [_assembler(capability), "-v", f"--gpu-name={arch}", str(ptx), "-o", str(cubin)]
             log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
             spilled = sum(int(size) for size in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
     return Resources(registers, stack, spilled, compiled.metadata.shared)

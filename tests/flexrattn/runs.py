@@ -32,6 +32,9 @@ TINY = {
     "recipe_args": {
         "flavor": "debug",
         "window": 8,
+        # From the first step on both branches matter.
+        "swa_norm_init": 1.0,
+        "rla_norm_init": 1.0,
         "model": {"dim": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "ffn_dim": 48},
         "data": "local",
         "lr": 3e-3,

@@ -128,6 +128,24 @@ def test_where_the_scales_of_the_norms_begin(swa, rla):
 
 
 @pytest.mark.parametrize(
+    ("options", "swa", "rla"),
+    [
+        ({"window": 4}, 0.1, 0.0),
+        ({"window": 4, "rla_norm_init": 1.0}, 0.1, 1.0),
+        ({"window": 4, "swa_norm_init": 1.0}, 1.0, 0.0),
+        ({"window": None}, None, 0.1),  # the linear branch alone
+        ({"window": None, "layer_masks": {"0": {"attention_sink": {"window": 4, "sinks": 1}}}}, 0.1, 0.0),
+        ({"window": 4, "layer_kind": "hymba"}, 0.1, 0.1),
+    ],
+    ids=str,
+)
+def test_where_the_scales_of_the_norms_begin_by_default(options, swa, rla):
+    attention = build_model_config(resolve_flavor("debug"), make_layers(**options)).layers[0].attention
+    norms = (attention.swa_norm, attention.rla_norm)
+    assert [None if norm is None else norm.param_init["weight"].value for norm in norms] == [swa, rla]
+
+
+@pytest.mark.parametrize(
     ("pattern", "kinds"),
     [
         (["local"], "LLLL"),

@@ -197,3 +197,27 @@ def test_equal_kernels_are_compiled_once():
     same = scan.different(launches)
     again = [number for number, first in same.items() if number != first]
     assert [launches[number].name for number in again] == ["chunk_state_fwd", "state_scan"]
+
+
+def test_kernels_are_assembled_as_in_training(tmp_path, monkeypatch):
+    """By the ptxas that comes with torch, which torch.compile takes for all kernels that are compiled after it."""
+    from torch._inductor.runtime import compile_tasks
+    from triton import knobs
+
+    from flexrattn.inspect.compiler import ptxas_version
+
+    own, log, ours = knobs.nvidia.ptxas.path, tmp_path / "log", tmp_path / "torch" / "bin" / "ptxas"
+    ours.parent.mkdir(parents=True)
+    ours.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {own} "$@"\n')
+    ours.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "")  # what is there now comes back behind the test
+    monkeypatch.delenv("TRITON_PTXAS_PATH")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(compile_tasks, "__file__", str(tmp_path / "torch" / "_inductor" / "runtime" / "compile_tasks.py"))
+    compile_tasks._set_triton_ptxas_path.cache_clear()
+    try:
+        assert ptxas_version() == knobs.nvidia.ptxas.version
+        assert scan.compile_one((changed(D=32, T=64, B=1), 0, False)).registers > 0
+    finally:
+        compile_tasks._set_triton_ptxas_path.cache_clear()
+    assert "sm_90" in log.read_text()
