@@ -14,6 +14,7 @@ from scan_kernels.kernels import common, configs
 from scan_kernels.kernels.border_states import kept_rows, launch_border_states
 from scan_kernels.kernels.chunk_dkv import launch_chunk_dkv
 from scan_kernels.kernels.chunk_dq import launch_chunk_dq
+from scan_kernels.kernels.chunk_given import launch_chunk_given
 from scan_kernels.kernels.chunk_output import launch_chunk_output_fwd
 from scan_kernels.kernels.chunk_state import launch_chunk_state_bwd, launch_chunk_state_fwd
 from scan_kernels.kernels.configs import Plan
@@ -191,11 +192,10 @@ def backward(
     else:
         cut, states = kept_states(sizes, x, kept, plan, run)
     dq, dk, dv = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for like in (x.q, x.k, x.v))
-    d_read = d_paired = d_given = d_beyond = d_start = None
+    d_read = d_paired = d_start = None
     if x.cum_hi is not None:
         d_read = torch.empty(sizes.B, sizes.T, sizes.H, device=x.q.device)
-        d_paired, d_given = torch.empty(2, sizes.B, sizes.G, sizes.N * sizes.chunk, device=x.q.device)
-        d_beyond = torch.empty(sizes.B * sizes.G, sizes.N, device=x.q.device)
+        d_paired = torch.empty(sizes.B, sizes.G, sizes.N * sizes.chunk, device=x.q.device)
     if x.start_log is not None:
         d_start = torch.empty(sizes.B, sizes.T, sizes.H, device=x.q.device)
     run(launch_chunk_dq(cut, x, states, do, dq, d_read, d_paired, d_start, plan.dq, compute))
@@ -209,13 +209,15 @@ def backward(
         last = launch_chunk_state_bwd(sizes, x, do, plan.state_bwd, compute, states, cut.segment, overwrite=overwrite)
         del states
     behind, d_init = scan_states(sizes, last, final_init, backward=True, with_final=with_init_grad, run=run)
-    run(launch_chunk_dkv(sizes, x, behind, do, dk, dv, d_given, d_beyond, plan.dkv, compute))
+    run(launch_chunk_dkv(sizes, x, behind, do, dk, dv, plan.dkv, compute))
     decays = None
-    if d_read is not None and d_paired is not None and d_given is not None and d_beyond is not None:
+    if d_read is not None and d_paired is not None:
+        given = launch_chunk_given(sizes, x, behind, plan.dkv, compute)
+        run(given)
         across = last.args["d_across"].sum(2)
         if behind.carry is not None:
-            across += _across_segments(sizes, borders, behind, last.args["total_factors"], d_beyond)
-        decays = DecayParts(d_read, d_paired, d_given, across)
+            across += _across_segments(sizes, borders, behind, last.args["total_factors"], given.args["beyond"])
+        decays = DecayParts(d_read, d_paired, given.args["given"], across)
     return Gradients(dq, dk, dv, decays, d_start, d_init)
 
 

@@ -12,13 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from scan_kernels.kernels.chunk_output import query_args
-from scan_kernels.kernels.common import SOFTMAX, feature_map, feature_map_bwd, key_document, load_state, scaled
+from scan_kernels.kernels.common import SOFTMAX, feature_map, feature_map_bwd, key_document, load_state
 from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, strides
 
 
 @triton.jit
 def chunk_dkv_kernel(
-    q, k, v, do, dk, dv, d_given, d_beyond, cum_hi, cum_lo, query_doc, key_doc, carried_doc,
+    q, k, v, do, dk, dv, cum_hi, cum_lo, query_doc, key_doc, carried_doc,
     states, sums, factors, carry, carry_sums,
     q_sb, q_st, q_sh, q_sd, k_sb, k_st, k_sg, k_sd, v_sb, v_st, v_sg, v_sd, do_sb, do_st, do_sh, do_sd,
     qdoc_sb, qdoc_st, doc_sb, doc_st,
@@ -104,23 +104,6 @@ def chunk_dkv_kernel(
         d_value *= rest[:, None]
     if HAS_DOCS:
         d_value = tl.where(runs_on[:, None], d_value, 0.0)
-    if HAS_DECAY:
-        # v . dv by queries behind the chunk, and in it by those behind the segment: a decay between feels it.
-        b_v = tl.load(v + (o_c * v_st)[:, None] + o_v[None, :] * v_sd, mask=m_j[:, None], other=0.0).to(tl.float32)
-        given = tl.sum(b_v * d_value, 1)
-        if HAS_DOCS:
-            given = tl.where(runs_on, given, 0.0)
-        tl.store(d_given + bg * N * C + o_j, given)
-        if HAS_CARRY:
-            beyond = tl.dot(b_k1, tl.load(carry + o_tile), input_precision=PRECISION)
-            if PAIRED:
-                beyond = tl.dot(b_k2, tl.load(carry + D * DV + o_tile), beyond, input_precision=PRECISION)
-            if MAP == SOFTMAX:
-                beyond += MEAN * tl.load(p_carry_sums)[None, :]
-            given = tl.sum(b_v * beyond, 1) * rest
-            if HAS_DOCS:
-                given = tl.where(runs_on, given, 0.0)
-            tl.store(d_beyond + bg * N + n, scaled(factor, tl.sum(given, 0)))
     for r in range(0, R, HEADS):
         query = tl.load(q + r * q_sh + o_q, mask=m_i[:, None], other=0.0)
         b_do = tl.load(do + r * do_sh + o_do, mask=m_i[:, None], other=0.0).to(compute)
@@ -171,16 +154,10 @@ def launch_chunk_dkv(
     do: Tensor,
     dk: Tensor,
     dv: Tensor,
-    d_given: Tensor | None,
-    d_beyond: Tensor | None,
     config: Config,
     compute: torch.dtype,
 ) -> Launch:
-    """Writes dk, dv of all M keys and, for the gradient of decays, in fp32:
-
-    d_given (B, G, N * C): v . dv of every row, as far as it comes from queries behind the chunk; d_beyond (B * G, N):
-    its sum over the chunk, from queries behind the segment (not written where nothing is carried).
-    """
+    """Writes dk, dv of all M keys."""
     args = query_args(sizes, x, states, config, compute)
     for name in ("start", "start_sum", "start_log", "X", "HAS_START"):
         del args[name]
@@ -190,8 +167,6 @@ def launch_chunk_dkv(
         "do": do,
         "dk": dk,
         "dv": dv,
-        "d_given": d_given,
-        "d_beyond": d_beyond,
         "M": sizes.M,
         **strides(x.k, "k_sb k_st k_sg k_sd"),
         **strides(x.v, "v_sb v_st v_sg v_sd"),

@@ -10,13 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from scan_kernels.kernels.chunk_output import query_args
-from scan_kernels.kernels.common import SOFTMAX, feature_map, feature_map_bwd, is_bad, key_document, load_state
+from scan_kernels.kernels.common import SOFTMAX, feature_map, feature_map_bwd, is_bad, key_document, load_state, row_dot
 from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, strides
-
-
-@triton.jit
-def _row_dot(query, dphi, SIGN, MAP: tl.constexpr, D: tl.constexpr):
-    return tl.sum(feature_map(query, SIGN, MAP, D) * dphi, 1)
 
 
 @triton.jit
@@ -125,12 +120,12 @@ def chunk_dq_kernel(
         if HAS_DOCS:
             dphi = tl.where(reads[:, None], dphi, 0.0)
         if HAS_DECAY:
-            read += _row_dot(query, dphi, 1.0, MAP, D)
+            read += row_dot(query, dphi, 1.0, MAP, D)
         dphi = tl.fma(dphi, 1.0, tl.dot(b_ds, b_k1, input_precision=PRECISION))
         if HAS_START:
             d_begun = begun[:, None] * tl.dot(b_do, tl.trans(tl.load(p_start)), input_precision=PRECISION)
             if start_log is not None:
-                read_start = _row_dot(query, d_begun, 1.0, MAP, D)
+                read_start = row_dot(query, d_begun, 1.0, MAP, D)
             dphi += d_begun
         d_query = feature_map_bwd(query, dphi, 1.0, MAP, D).to(compute)
         if PAIRED:
@@ -140,13 +135,13 @@ def chunk_dq_kernel(
             if HAS_DOCS:
                 dphi2 = tl.where(reads[:, None], dphi2, 0.0)
             if HAS_DECAY:
-                read += _row_dot(query, dphi2, -1.0, MAP, D)
+                read += row_dot(query, dphi2, -1.0, MAP, D)
             dphi2 = tl.fma(dphi2, 1.0, tl.dot(b_ds, b_k2, input_precision=PRECISION))
             if HAS_START:
                 d_begun = tl.trans(tl.load(p_start + D * DV))
                 d_begun = begun[:, None] * tl.dot(b_do, d_begun, input_precision=PRECISION)
                 if start_log is not None:
-                    read_start += _row_dot(query, d_begun, -1.0, MAP, D)
+                    read_start += row_dot(query, d_begun, -1.0, MAP, D)
                 dphi2 += d_begun
             d_query = d_query.to(tl.float32) + feature_map_bwd(query, dphi2, -1.0, MAP, D)
         if any_bad != 0:

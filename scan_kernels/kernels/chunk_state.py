@@ -156,7 +156,8 @@ def chunk_state_bwd_kernel(
                     p_carry_sums = fwd_carry_sums + border * DV + o_v
                     fwd_factor = tl.load(fwd_factors + bg * N + n)
                 b_fwd = load_state(p_fwd, p_carry, fwd_factor, HAS_FWD_CARRY, True)
-                across = tl.sum(tl.sum(b_fwd.to(tl.float32) * state, 1), 0)
+                # All at once: Triton 3.6 stops at sm_100 on one axis after the other.
+                across = tl.sum(b_fwd.to(tl.float32) * state)
                 if SUMS:
                     if row0 == 0:
                         fwd_sum = load_state(p_fwd_sums, p_carry_sums, fwd_factor, HAS_FWD_CARRY, True)
