@@ -472,7 +472,6 @@ def solve_bwd(
     do: Tensor,
     d_final: Tensor | None,
     inputs: Inputs,
-    final: Tensor | None,
     kept_chunks: Tensor | None,
     kept_sums: Tensor | None,
     lag: int,
@@ -511,9 +510,9 @@ def solve_bwd(
 def _rows_grad(sizes: Sizes, parts: DecayParts) -> Tensor:
     """A decay is felt by all pairs of an older key and a query from its row on, by do . o of each.
 
-    Sums of rounded products, so none is taken as the difference of two that were rounded apart. Pairs that pass the whole
-    chunk; those that begin or end in it, on either side of the row; and those inside, what its rows from there on read
-    less what keys from there on gave: sums of the same numbers.
+    What all rows from it on read less what keys from it on gave would be the same, and the difference of sums that were
+    rounded apart. So: the pairs that pass the whole chunk; those that end or begin in it, behind or before the row; and
+    of those inside the difference, where both sums are of the same numbers.
     """
     chunks = (sizes.N, sizes.chunk)
     read = parts.read.double().unflatten(2, (sizes.G, sizes.R)).sum(3).transpose(1, 2)

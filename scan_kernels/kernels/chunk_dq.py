@@ -16,7 +16,8 @@ from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, 
 
 @triton.jit
 def chunk_dq_kernel(
-    q, k, v, do, dq, d_read, d_paired, d_start, cum_hi, cum_lo, query_doc, key_doc, carried_doc, start, start_sum, start_log,
+    q, k, v, do, dq, d_read, d_paired, d_start,
+    cum_hi, cum_lo, query_doc, key_doc, carried_doc, start, start_sum, start_log,
     states, sums, factors, carry, carry_sums,
     q_sb, q_st, q_sh, q_sd, k_sb, k_st, k_sg, k_sd, v_sb, v_st, v_sg, v_sd, do_sb, do_st, do_sh, do_sd,
     qdoc_sb, qdoc_st, doc_sb, doc_st,

@@ -81,8 +81,8 @@ def chunk_given_kernel(
 def launch_chunk_given(sizes: Sizes, x: Tensors, states: States, config: Config, compute: torch.dtype) -> Launch:
     """For a problem with decays, from the backward's states; in fp32:
 
-    given (B, G, N * C): of every row, to the queries behind its chunk; beyond (B * G, N): of every chunk, to the queries
-    behind its segment, or None where nothing is carried.
+    given (B, G, N * C): of every row, to the queries behind its chunk; beyond (B * G, N): of every chunk, to queries
+    behind its segment, None where nothing is carried.
     """
     args = query_args(sizes, x, states, config, compute)
     for name in ("q", "q_sb", "q_st", "q_sh", "q_sd", "query_doc", "qdoc_sb", "qdoc_st", "R", "HEADS", "HAS_DECAY"):

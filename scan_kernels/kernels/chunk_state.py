@@ -6,8 +6,8 @@
 Both start at zero in each segment and leave the segment's total to the scan (stage 2). With softmax features the states
 are sums of phi - 1/D, and beside them runs the plain sum of the values, from which the missing part follows exactly.
 
-With decays the backward also multiplies S_n with the E_n that it gathered: what passes from the keys before a chunk to the
-queries behind it, inside the segment. E_n may take the place of S_n, which nobody reads after that.
+With decays the backward also multiplies S_n with the E_n that it gathered: what passes from the keys before a chunk to
+the queries behind it, inside the segment. E_n may take the place of S_n, which nobody reads after that.
 """
 
 import torch
@@ -158,10 +158,9 @@ def chunk_state_bwd_kernel(
                 b_fwd = load_state(p_fwd, p_carry, fwd_factor, HAS_FWD_CARRY, True)
                 # All at once: Triton 3.6 stops at sm_100 on one axis after the other.
                 across = tl.sum(b_fwd.to(tl.float32) * state)
-                if SUMS:
-                    if row0 == 0:
-                        fwd_sum = load_state(p_fwd_sums, p_carry_sums, fwd_factor, HAS_FWD_CARRY, True)
-                        across += F / D / D * tl.sum(fwd_sum * value_sum, 0)
+                if SUMS and row0 == 0:
+                    fwd_sum = load_state(p_fwd_sums, p_carry_sums, fwd_factor, HAS_FWD_CARRY, True)
+                    across += F / D / D * tl.sum(fwd_sum * value_sum, 0)
                 end = bg * N * C + n * C + C - 1
                 chunk_factor = tl.exp(tl.load(cum_hi + end) + tl.load(cum_lo + end))
                 if HAS_DOCS:
@@ -265,7 +264,9 @@ def launch_chunk_state_bwd(
         "do": do,
         "query_doc": x.query_doc,
         **_common(sizes, x, config, compute),
-        **{f"fwd_{name}": getattr(forward, name, None) for name in ("chunks", "sums", "factors", "carry", "carry_sums")},
+        **{
+            f"fwd_{name}": getattr(forward, name, None) for name in ("chunks", "sums", "factors", "carry", "carry_sums")
+        },
         "FWD_SEGMENT": forward_segment,
         **outputs,
         **strides(x.q, "q_sb q_st q_sh q_sd"),
