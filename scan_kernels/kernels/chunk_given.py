@@ -14,10 +14,10 @@ from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, 
 
 
 @triton.jit
-def _product(phi, p_state, p_carry, value, factor, HAS_CARRY: tl.constexpr, PRECISION: tl.constexpr):
+def _product(phi, p_state, p_carry, b_v, factor, HAS_CARRY: tl.constexpr, PRECISION: tl.constexpr):
     """phi S v of every row, fp32."""
     b_s = load_state(p_state, p_carry, factor, HAS_CARRY, True)
-    return tl.sum(tl.dot(phi.to(b_s.dtype), b_s, input_precision=PRECISION) * value, 1)
+    return tl.sum(tl.dot(b_v, tl.trans(b_s), input_precision=PRECISION) * phi, 1)
 
 
 @triton.jit
@@ -39,7 +39,9 @@ def chunk_given_kernel(
     k += b * k_sb + g * k_sg + first_key * k_st
     v += b * v_sb + g * v_sg + first_key * v_st
     key = tl.load(k + (o_c * k_st)[:, None] + o_d[None, :] * k_sd, mask=m_j[:, None], other=0.0)
-    value = tl.load(v + (o_c * v_st)[:, None] + o_v[None, :] * v_sd, mask=m_j[:, None], other=0.0).to(tl.float32)
+    b_v = tl.load(v + (o_c * v_st)[:, None] + o_v[None, :] * v_sd, mask=m_j[:, None], other=0.0).to(
+        states.dtype.element_ty
+    )
 
     p_state = states + (bg * N + n) * F * DV + o_d[:, None] * DV + o_v[None, :]
     p_sums = sums + (bg * N + n) * DV + o_v
@@ -54,10 +56,11 @@ def chunk_given_kernel(
     to_all, to_beyond = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
     for half in tl.static_range(0, F // D):
         phi, o_half = feature_map(key, 1.0 - 2.0 * half, MAP, D), half * D * DV
-        to_all += _product(phi, p_state + o_half, p_carry + o_half, value, factor, HAS_CARRY, PRECISION)
+        to_all += _product(phi, p_state + o_half, p_carry + o_half, b_v, factor, HAS_CARRY, PRECISION)
         if HAS_CARRY:
-            to_beyond += _product(phi, p_carry + o_half, p_carry, value, factor, False, PRECISION)
+            to_beyond += _product(phi, p_carry + o_half, p_carry, b_v, factor, False, PRECISION)
     if MAP == SOFTMAX:
+        value = b_v.to(tl.float32)
         b_sums = load_state(p_sums, p_carry_sums, factor, HAS_CARRY, True)
         to_all += MEAN * tl.sum(value * b_sums[None, :], 1)
         if HAS_CARRY:
