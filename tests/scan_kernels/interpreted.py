@@ -324,3 +324,14 @@ def test_gradient_of_a_decay_in_bf16(feature_map, extras, monkeypatch):
     assert_close(got, expected, 1e-2, "each token's")
     decay = rounded["decay"].detach().double()
     assert_close((got * decay).sum((0, 1)), (expected * decay).sum((0, 1)), 2e-2, "their sum")
+
+
+@pytest.mark.parametrize("save_every", [1, 2])
+def test_a_second_backward_finds_the_kept_states(save_every):
+    """The gradients of states are written over those that a backward made itself, not over the forward's."""
+    inputs = cast(inputs_of(40, B=1, decay=True), torch.float32)
+    o = residual_linear_attention(**inputs, window=2, impl="triton", save_every=save_every)
+    first, second = (
+        torch.autograd.grad(o, list(inputs.values()), torch.ones_like(o), retain_graph=True) for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
