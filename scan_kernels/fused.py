@@ -226,13 +226,14 @@ def _states_at_borders(sizes: Sizes, cut: Sizes, states: States) -> tuple[Tensor
 
     `cut`: the sizes that `states` came with. A copy, since the backward writes over the states.
     """
-    found = states.chunks[:, :: sizes.segment].float(), states.sums[:, :: sizes.segment]
+    chunks = states.chunks[:, :: sizes.segment].to(torch.float32, copy=True)
+    sums = states.sums[:, :: sizes.segment]
     if states.carry is None or states.carry_sums is None or states.factors is None:
-        return found
+        return chunks, sums
     border = torch.arange(0, sizes.N, sizes.segment, device=states.sums.device) // cut.segment
     factors = states.factors[:, :: sizes.segment, None]
-    sums = found[1] + _scaled(factors, states.carry_sums.index_select(1, border))
-    return found[0] + _scaled(factors[..., None], states.carry.index_select(1, border)), sums
+    sums = sums + _scaled(factors, states.carry_sums.index_select(1, border))
+    return chunks + _scaled(factors[..., None], states.carry.index_select(1, border)), sums
 
 
 def _scaled(factor: Tensor, x: Tensor) -> Tensor:

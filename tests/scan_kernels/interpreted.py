@@ -154,7 +154,7 @@ def test_kept_states_change_no_gradient(save_every, extras):
     check(inputs, window=2, document_ids=ids, save_every=save_every)
 
 
-@pytest.mark.parametrize("save_every", [1, 2, 8])
+@pytest.mark.parametrize("save_every", [0, 1, 2, 8])
 def test_kept_states_of_a_continued_sequence(save_every):
     inputs = inputs_of(41, decay=True, start="kv")
 
