@@ -203,7 +203,6 @@ def fused_bwd(
     carried: Tensor | None,
     start: Tensor | None,
     start_log: Tensor | None,
-    final: Tensor | None,
     kept: Tensor | None,
     kept_sums: Tensor | None,
     lag: int,
@@ -212,12 +211,12 @@ def fused_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, rows, carried, start, start_log; empty tensors for what is None.
 
-    final, kept, kept_sums: what `fused_fwd` returned, with save_every; None otherwise.
+    kept, kept_sums: what `fused_fwd` returned, with save_every; None otherwise.
     """
     from scan_kernels import fused
 
     inputs = Inputs(q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log)
-    return fused.solve_bwd(do, d_final, inputs, final, kept, kept_sums, lag, feature_map, save_every)
+    return fused.solve_bwd(do, d_final, inputs, kept, kept_sums, lag, feature_map, save_every)
 
 
 @fused_bwd.register_fake
@@ -233,12 +232,10 @@ def _(do, d_final, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.lag, ctx.feature_map, ctx.with_final, ctx.save_every = inputs[10:]
-    _, final, kept, kept_sums = output
+    *_, kept, kept_sums = output
     ctx.mark_non_differentiable(kept, kept_sums)
     ctx.set_materialize_grads(False)
-    tensors = Inputs(*inputs[:10])
-    saved = (final if ctx.with_final and tensors.rows is not None else None, kept, kept_sums)
-    ctx.save_for_backward(*tensors, *(saved if ctx.save_every else (None, None, None)))
+    ctx.save_for_backward(*inputs[:10], *((kept, kept_sums) if ctx.save_every else (None, None)))
 
 
 def _backward(ctx, do: Tensor | None, d_final: Tensor | None, _kept: None, _kept_sums: None):

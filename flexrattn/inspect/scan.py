@@ -183,6 +183,8 @@ class _Sizes:
         self.DV = args.get("DV", self.D)
         self.R = args.get("R", 1)
         self.start = args.get("start") is not None
+        self.decays = args.get("cum_hi") is not None
+        self.carries = args.get("carry") is not None
 
 
 def _rows_of_heads(args: dict[str, Any]) -> int:
@@ -204,7 +206,8 @@ def _output(s: _Sizes) -> int:
 
 def _dq(s: _Sizes) -> int:
     d_scores, state, keys = s.C * s.C * s.DV, s.C * s.DV * s.F, s.C * s.C * s.F
-    return 2 * s.R * (d_scores + state * (2 if s.start else 1) + keys)
+    scores = s.C * s.C * s.F if s.decays else 0
+    return 2 * s.R * (d_scores + state * (2 if s.start else 1) + keys + scores)
 
 
 def _dkv(s: _Sizes, times_d_scores: int) -> int:
@@ -224,6 +227,7 @@ _FLOPS: dict[str, Callable[[_Sizes], int]] = {
     # The portable kernel computes do v^T again for each half of the features.
     "chunk_dkv_kernel": lambda s: _dkv(s, s.F // s.D),
     "hopper_dkv_kernel": lambda s: _dkv(s, 1),
+    "chunk_given_kernel": lambda s: 2 * s.C * s.F * s.DV * (2 if s.carries else 1),
     # Additions and copies alone.
     "state_scan_kernel": lambda s: 0,
     "border_states_kernel": lambda s: 0,

@@ -18,7 +18,7 @@ from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, 
 
 @triton.jit
 def chunk_dkv_kernel(
-    q, k, v, do, dk, dv, d_given, cum_hi, cum_lo, query_doc, key_doc, carried_doc,
+    q, k, v, do, dk, dv, cum_hi, cum_lo, query_doc, key_doc, carried_doc,
     states, sums, factors, carry, carry_sums,
     q_sb, q_st, q_sh, q_sd, k_sb, k_st, k_sg, k_sd, v_sb, v_st, v_sg, v_sd, do_sb, do_st, do_sh, do_sd,
     qdoc_sb, qdoc_st, doc_sb, doc_st,
@@ -122,10 +122,6 @@ def chunk_dkv_kernel(
     d_value = tl.where(m_j[:, None], d_value, 0.0)
     tl.store(dv + (o_c * G * DV)[:, None] + o_v[None, :], d_value.to(dv.dtype.element_ty), mask=m_key[:, None])
     b_v = tl.load(v + (o_c * v_st)[:, None] + o_v[None, :] * v_sd, mask=m_j[:, None], other=0.0).to(compute)
-    if HAS_DECAY:
-        # v . dv: all that the key gave, by which the decays up to it are felt.
-        given = tl.sum(b_v.to(tl.float32) * d_value, 1)
-        tl.store(d_given + bg * N * C + o_j, given)
 
     # Keys, likewise, one half of the features after the other: both sums at once would not fit into registers.
     key = tl.load(k + o_k, mask=m_j[:, None], other=0.0)
@@ -158,11 +154,10 @@ def launch_chunk_dkv(
     do: Tensor,
     dk: Tensor,
     dv: Tensor,
-    d_given: Tensor | None,
     config: Config,
     compute: torch.dtype,
 ) -> Launch:
-    """Writes dk, dv of all M keys and, for the gradient of decays, v . dv of every row (B, G, N * C) fp32."""
+    """Writes dk, dv of all M keys."""
     args = query_args(sizes, x, states, config, compute)
     for name in ("start", "start_sum", "start_log", "X", "HAS_START"):
         del args[name]
@@ -172,7 +167,6 @@ def launch_chunk_dkv(
         "do": do,
         "dk": dk,
         "dv": dv,
-        "d_given": d_given,
         "M": sizes.M,
         **strides(x.k, "k_sb k_st k_sg k_sd"),
         **strides(x.v, "v_sb v_st v_sg v_sd"),

@@ -100,8 +100,9 @@ def test_a_layer_is_asked_for_what_it_hands_to_its_scan():
 def test_decays_are_read_by_the_kernels(start):
     with_decays = scan_launches(changed(dtype=torch.float32, decays=True, start=start))
     without = scan_launches(changed(dtype=torch.float32, start=start))
-    assert [each.name for each in with_decays] == [each.name for each in without]
-    for a, b in zip(with_decays, without, strict=True):
+    # Last, what only the gradient of the decays needs.
+    assert [each.name for each in with_decays] == [*(each.name for each in without), "chunk_given"]
+    for a, b in zip(with_decays, without, strict=False):
         if "cum_hi" in b.launch.args:
             assert a.launch.args["cum_hi"] is not None
             assert b.launch.args["cum_hi"] is None
