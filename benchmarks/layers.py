@@ -101,9 +101,7 @@ def core_contender(name: str, window: int, *, documents: bool, backend: str = "t
 
         def core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, positions: Tensor | None) -> Tensor:
             # As the layer's own forward adds them.
-            softmax_BTHD = attention._softmax_branch(q, k, v, mask, positions)
-            linear_BTHD = attention._linear_branch(q, k, v, None, positions)
-            return attention._join(softmax_BTHD, linear_BTHD)
+            return attention._join(*attention._branches(q, k, v, mask, None, positions))
 
         run = compiled(core, device)
 

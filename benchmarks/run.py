@@ -92,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "rla":
             add("--with-torch-scan", action="store_true", help='also impl="torch", which is slow')
             add("--save-every", type=int, nargs="+", default=[], metavar="M", help="also with these states kept")
+        add("--only", nargs="+", metavar="NAME", help="contenders by their names or beginnings of them")
         _add_common(add)
     about = "whole steps of decoding"
     command = commands.add_parser("decode", help=about, description=about)
@@ -153,6 +154,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
     else:
         contenders = layers.train_step(options.flavor, options.window)
         inputs_of = partial(layers.block_inputs, dim=FLAVORS[options.flavor].dim)
+    if options.only:
+        contenders = _chosen(contenders, options.only)
     shapes = [
         Shape(
             B=options.tokens // T,
@@ -175,6 +178,16 @@ def make_plan(options: argparse.Namespace) -> Plan:
         seed=options.seed,
         dtype=options.dtype,
     )
+
+
+def _chosen(contenders: Sequence[Contender], names: Sequence[str]) -> list[Contender]:
+    known = [contender.name for contender in contenders]
+    for name in names:
+        if not any(each.startswith(name) for each in known):
+            raise BadOptions(f"--only must be among {', '.join(known)}, got {name!r}")
+    # A whole name is that one alone.
+    beginnings = tuple(name for name in names if name not in known)
+    return [each for each in contenders if each.name in names or (beginnings and each.name.startswith(beginnings))]
 
 
 def _check_outputs(options: argparse.Namespace) -> None:

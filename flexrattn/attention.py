@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +24,14 @@ from torchtitan.models.common.attention import GQAttention
 from torchtitan.protocols.module import Module
 
 from flexrattn.branch_shares import add_squares
-from flexrattn.head_split import local, merge_groups, split_groups
+from flexrattn.head_split import QKV, local, merge_groups, split_groups
 from flexrattn.masked_attention import Mask, MaskedAttention
 from flexrattn.packing import document_ids_from_positions
 from scan_kernels import (
     head_rms_norm,
     initial_state_from_pairs,
     residual_linear_attention,
+    residual_linear_attention_and_inputs,
     residual_shift,
     sum_of_head_norms,
 )
@@ -143,6 +145,8 @@ class ResidualLinearBranch(Module):
     wants it. What it reads is `score_mods.Residual`: with `sinks`, not the first tokens of a document.
     draws: in training the window is data, `drawn_window`, which the model sets for each step; `window` in evaluation.
     With a decay (B, T, G) it computes in fp32, and returns the dtype of q.
+    with_inputs: returns (o, (q, k, v)) for a softmax branch to read, whose gradients this one's kernels then add to
+    their own.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -173,10 +177,31 @@ class ResidualLinearBranch(Module):
         positions: torch.Tensor | None,
         decay: torch.Tensor | None = None,
         initial_state: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        with_inputs: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, QKV]:
+        scan = self._scan(q_BLNH, k_BLNH, v_BLNH, positions, decay, initial_state)
+        if not with_inputs:
+            return residual_linear_attention(**scan).to(q_BLNH.dtype)
+        o_BLNH, *passed = residual_linear_attention_and_inputs(**scan)
+        # What was changed for this branch is not what the other one reads.
+        q, k, v = (
+            to_pass if scan[name] is given else given
+            for name, given, to_pass in zip("qkv", (q_BLNH, k_BLNH, v_BLNH), passed, strict=True)
+        )
+        return o_BLNH.to(q_BLNH.dtype), (q, k, v)
+
+    def _scan(
+        self,
+        q_BLNH: torch.Tensor,
+        k_BLNH: torch.Tensor,
+        v_BLNH: torch.Tensor,
+        positions: torch.Tensor | None,
+        decay: torch.Tensor | None,
+        initial_state: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        """The arguments of `residual_linear_attention`."""
         if initial_state is not None:
             initial_state = initial_state.expand(q_BLNH.shape[0], *initial_state.shape)
-        dtype = q_BLNH.dtype
         if decay is not None:
             # For a decay's gradient to 1e-4 of every token, where bf16 tensors give it to 1 % (docs/train.md).
             q_BLNH, k_BLNH, v_BLNH = _at_least_fp32(q_BLNH), _at_least_fp32(k_BLNH), _at_least_fp32(v_BLNH)
@@ -188,19 +213,18 @@ class ResidualLinearBranch(Module):
             assert self.drawn_window is not None, "set_step comes before a training step"
             k_BLNH, v_BLNH, decay = shifted_keys(k_BLNH, v_BLNH, decay, positions, self.drawn_window)
             window = None
-        o_BLNH = residual_linear_attention(
-            q_BLNH,
-            k_BLNH,
-            v_BLNH,
-            window=window,
-            feature_map=self.feature_map,
-            decay=decay,
-            document_ids=None if positions is None else document_ids_from_positions(positions),
-            initial_state=initial_state,
-            impl=self.impl,
-            save_every=self.save_every,
-        )
-        return o_BLNH.to(dtype)
+        return {
+            "q": q_BLNH,
+            "k": k_BLNH,
+            "v": v_BLNH,
+            "window": window,
+            "feature_map": self.feature_map,
+            "decay": decay,
+            "document_ids": None if positions is None else document_ids_from_positions(positions),
+            "initial_state": initial_state,
+            "impl": self.impl,
+            "save_every": self.save_every,
+        }
 
 
 def _positions(k_BTGD: torch.Tensor, positions_BT: torch.Tensor | None) -> torch.Tensor:
@@ -257,6 +281,9 @@ class RAttention(GQAttention):
         k_scale: HeadScale.Config | None = None
         decay_gate: DecayGate.Config | None = None
         initial_state: LearnedInitialState.Config | None = None
+        joins_gradients: bool = True
+        """Whether the linear branch's kernels add the softmax branch's gradients of q, k and v to their own; tensor
+        parallelism runs each branch for itself"""
         sum_impl: str | None = None
         """How both norms and their sum are computed at once (scan_kernels.sum_of_head_norms); None: norm by norm, as
         tensor parallelism splits them"""
@@ -274,6 +301,7 @@ class RAttention(GQAttention):
         self.mask = config.mask
         self.splits_heads = config.splits_heads
         self.sum_impl = config.sum_impl
+        self.joins_gradients = config.joins_gradients
         # The first position at which the linear branch reads something, too.
         self.both_read_from = 0
         if config.residual is not None and config.residual.window is not None:
@@ -302,21 +330,30 @@ class RAttention(GQAttention):
         q_BTHD, k_BTGD, v_BTGD = self.qkv_linear(x_BLD)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHD, k_BTGD = self.q_norm(q_BTHD), self.k_norm(k_BTGD)
-        for_softmax = for_linear = (q_BTHD, k_BTGD, v_BTGD)
-        if self.splits_heads:
-            for_softmax, for_linear = split_groups(q_BTHD, k_BTGD, v_BTGD)
-
-        swa_BTHD = rla_BTHD = None
-        if self.inner_attention is not None:
-            swa_BTHD = self._softmax_branch(*for_softmax, attention_masks[self.mask], positions)
-        if self.residual is not None:
-            decay_BTG = None if self.decay_gate is None else self.decay_gate(x_BLD)
-            rla_BTHD = self._linear_branch(*for_linear, decay_BTG, positions)
+        decay_BTG = None if self.decay_gate is None else self.decay_gate(x_BLD)
+        mask = attention_masks[self.mask] if self.inner_attention is not None else None
+        swa_BTHD, rla_BTHD = self._branches(q_BTHD, k_BTGD, v_BTGD, mask, decay_BTG, positions)
         if self.branch_squares is not None and swa_BTHD is not None and rla_BTHD is not None:
             add_squares(self.branch_squares, swa_BTHD, rla_BTHD, positions, self.both_read_from)
         return self.wo(self._join(swa_BTHD, rla_BTHD).flatten(2))
 
-    def _softmax_branch(self, q_BTHD, k_BTGD, v_BTGD, mask: Mask, positions) -> torch.Tensor:
+    def _branches(
+        self, q_BTHD, k_BTGD, v_BTGD, mask: Mask | None, decay_BTG, positions
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The softmax and the linear branch, before their norms; None for the one that the layer does not have."""
+        for_softmax = for_linear = (q_BTHD, k_BTGD, v_BTGD)
+        if self.splits_heads:
+            for_softmax, for_linear = split_groups(q_BTHD, k_BTGD, v_BTGD)
+        swa_BTHD = rla_BTHD = None
+        if self.residual is not None:
+            joins = self.joins_gradients and self.inner_attention is not None and not self.splits_heads
+            rla_BTHD, passed = self._linear_branch(*for_linear, decay_BTG, positions, joins)
+            for_softmax = passed or for_softmax
+        if self.inner_attention is not None:
+            swa_BTHD = self._softmax_branch(*for_softmax, mask, positions)
+        return swa_BTHD, rla_BTHD
+
+    def _softmax_branch(self, q_BTHD, k_BTGD, v_BTGD, mask: Mask | None, positions) -> torch.Tensor:
         if self.rope is not None:
             q_BTHD, k_BTGD = self.rope(q_BTHD, k_BTGD, positions)
         assert self.inner_attention is not None
@@ -324,12 +361,20 @@ class RAttention(GQAttention):
             q_BTHD, k_BTGD, v_BTGD, attention_masks=mask, scale=self.scaling, enable_gqa=self.enable_gqa
         ).contiguous()
 
-    def _linear_branch(self, q_BTHD, k_BTGD, v_BTGD, decay_BTG, positions) -> torch.Tensor:
+    def _linear_branch(
+        self, q_BTHD, k_BTGD, v_BTGD, decay_BTG, positions, joins: bool
+    ) -> tuple[torch.Tensor, QKV | None]:
+        """Its output and, where it joins gradients, q, k, v for the softmax branch."""
+        scaled = (q_BTHD, k_BTGD, v_BTGD)
         if self.q_scale is not None and self.k_scale is not None:
-            q_BTHD, k_BTGD = self.q_scale(q_BTHD), self.k_scale(k_BTGD)
+            scaled = (self.q_scale(q_BTHD), self.k_scale(k_BTGD), v_BTGD)
         initial_state = None if self.initial_state is None else self.initial_state()
         assert self.residual is not None
-        return self.residual(q_BTHD, k_BTGD, v_BTGD, positions=positions, decay=decay_BTG, initial_state=initial_state)
+        options = {"positions": positions, "decay": decay_BTG, "initial_state": initial_state}
+        if not joins:
+            return self.residual(*scaled, **options), None
+        rla_BTHD, passed = self.residual(*scaled, **options, with_inputs=True)
+        return rla_BTHD, passed if self.q_scale is None else (q_BTHD, k_BTGD, passed[2])
 
     def _join(self, swa_BTHD: torch.Tensor | None, rla_BTHD: torch.Tensor | None) -> torch.Tensor:
         """The branches' outputs as one, each through its norm: their sum, or all heads in the order of q's."""

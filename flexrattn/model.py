@@ -83,6 +83,7 @@ class RAttentionModel(Decoder):
             if config.parallelism.tensor_parallel_degree > 1:
                 for layer in self.layers:
                     layer.attention.sum_impl = None
+                    layer.attention.joins_gradients = False
             from flexrattn.sharding import set_sharding
 
             set_sharding(self, enable_sp=config.parallelism.enable_sequence_parallel)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from scan_kernels.chunked import chunked
 from scan_kernels.feature_maps import FeatureMap, parse_feature_map
-from scan_kernels.fused_ops import fused_scan, refusal
+from scan_kernels.fused_ops import fused_scan, fused_scan_and_inputs, refusal
 from scan_kernels.impl import Impl, parse_impl
 from scan_kernels.reference import token_loop
-from scan_kernels.state import ResidualState, begin, end
+from scan_kernels.state import ResidualState, ScanProblem, begin, end
 from scan_kernels.validation import validate
 
 logger = logging.getLogger("scan_kernels")
@@ -121,6 +121,84 @@ def residual_linear_attention(
     States are summed in fp32 (float64 for float64 inputs), also under autocast. Differentiable in q, k, v, decay and
     the initial state.
     """
+    problem, impl = _pose(
+        q,
+        k,
+        v,
+        window=window,
+        feature_map=feature_map,
+        decay=decay,
+        document_ids=document_ids,
+        initial_state=initial_state,
+        impl=impl,
+        save_every=save_every,
+    )
+    if impl is Impl.TRITON:
+        result = fused_scan(problem, with_final=return_final_state, save_every=save_every)
+    else:
+        result = _SOLVERS[impl](problem)
+    if not return_final_state:
+        return result.o_BTHD
+    tokens_before = initial_state.tokens_seen if isinstance(initial_state, ResidualState) else 0
+    return result.o_BTHD, end(problem, result, window=window, tokens_before=tokens_before)
+
+
+def residual_linear_attention_and_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    feature_map: FeatureMap | str = FeatureMap.SOFTMAX,
+    decay: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    impl: Impl | str = Impl.AUTO,
+    save_every: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`residual_linear_attention` on the way of q, k, v to another branch: (o, q, k, v), the same tensors again.
+
+    A softmax branch that reads the returned q, k, v gives its gradients to this one's kernels, which add them to their
+    own and round the sum once. Three additions of tensors of that size are saved, and nothing else changes: values and
+    gradients are those of two branches that read the given tensors, as they are with `impl` "torch" and "reference" and
+    where values are too wide for one call of the kernels. Using only some of the returned tensors, or none, is fine.
+
+    Args and Raises: those of `residual_linear_attention`. `initial_state` is a Tensor: a `ResidualState` is refused,
+    since keys of an earlier call have no other reader here.
+    """
+    if isinstance(initial_state, ResidualState):
+        raise ValueError("initial_state must be a Tensor here, got a ResidualState: use residual_linear_attention")
+    problem, impl = _pose(
+        q,
+        k,
+        v,
+        window=window,
+        feature_map=feature_map,
+        decay=decay,
+        document_ids=document_ids,
+        initial_state=initial_state,
+        impl=impl,
+        save_every=save_every,
+    )
+    if impl is Impl.TRITON:
+        return fused_scan_and_inputs(problem, save_every=save_every)
+    return _SOLVERS[impl](problem).o_BTHD, q, k, v
+
+
+def _pose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    feature_map: FeatureMap | str,
+    decay: Tensor | None,
+    document_ids: Tensor | None,
+    initial_state: Tensor | ResidualState | None,
+    impl: Impl | str,
+    save_every: int | None,
+) -> tuple[ScanProblem, Impl]:
+    """The checked problem, and who solves it."""
     feature_map, impl = parse_feature_map(feature_map), parse_impl(impl)
     validate(
         q,
@@ -147,11 +225,4 @@ def residual_linear_attention(
         document_BT=document_ids,
         initial_state=initial_state,
     )
-    if impl is Impl.TRITON:
-        result = fused_scan(problem, with_final=return_final_state, save_every=save_every)
-    else:
-        result = _SOLVERS[impl](problem)
-    if not return_final_state:
-        return result.o_BTHD
-    tokens_before = initial_state.tokens_seen if isinstance(initial_state, ResidualState) else 0
-    return result.o_BTHD, end(problem, result, window=window, tokens_before=tokens_before)
+    return problem, impl

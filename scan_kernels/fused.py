@@ -9,7 +9,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from scan_kernels.feature_maps import apply_feature_map
-from scan_kernels.fused_ops import Inputs
+from scan_kernels.fused_ops import NO_OTHERS, Inputs, OtherGrads
 from scan_kernels.kernels import common, configs
 from scan_kernels.kernels.border_states import kept_rows, launch_border_states
 from scan_kernels.kernels.chunk_dkv import launch_chunk_dkv
@@ -179,10 +179,13 @@ def backward(
     *,
     with_init_grad: bool,
     kept: Kept | None = None,
+    others: OtherGrads = NO_OTHERS,
     run=Launch.run,
 ) -> Gradients:
     if plan.hopper:
-        return _hopper_backward(sizes, x, init, do, final_init, plan, with_init_grad=with_init_grad, kept=kept, run=run)
+        return _hopper_backward(
+            sizes, x, init, do, final_init, plan, with_init_grad=with_init_grad, kept=kept, others=others, run=run
+        )
     compute = compute_dtype(x.q.dtype)
     if kept is None:
         first = launch_chunk_state_fwd(sizes, x, plan.state_fwd, compute)
@@ -198,7 +201,7 @@ def backward(
         d_paired = torch.empty(sizes.B, sizes.G, sizes.N * sizes.chunk, device=x.q.device)
     if x.start_log is not None:
         d_start = torch.empty(sizes.B, sizes.T, sizes.H, device=x.q.device)
-    run(launch_chunk_dq(cut, x, states, do, dq, d_read, d_paired, d_start, plan.dq, compute))
+    run(launch_chunk_dq(cut, x, states, do, dq, d_read, d_paired, d_start, plan.dq, compute, others.dq))
     if x.cum_hi is None:
         del states
         last = launch_chunk_state_bwd(sizes, x, do, plan.state_bwd, compute)
@@ -209,7 +212,7 @@ def backward(
         last = launch_chunk_state_bwd(sizes, x, do, plan.state_bwd, compute, states, cut.segment, overwrite=overwrite)
         del states
     behind, d_init = scan_states(sizes, last, final_init, backward=True, with_final=with_init_grad, run=run)
-    run(launch_chunk_dkv(sizes, x, behind, do, dk, dv, plan.dkv, compute))
+    run(launch_chunk_dkv(sizes, x, behind, do, dk, dv, plan.dkv, compute, others.dk, others.dv))
     decays = None
     if d_read is not None and d_paired is not None:
         given = launch_chunk_given(sizes, x, behind, plan.dkv, compute)
@@ -268,6 +271,10 @@ def _rows_of_16_bytes(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
+def _aligned_others(others: OtherGrads) -> OtherGrads:
+    return OtherGrads(*(None if x is None else _rows_of_16_bytes(x) for x in others))
+
+
 def _hopper_states(
     sizes: Sizes, x: Tensors, init: Tensor | None, plan: Plan, *, with_final: bool, run
 ) -> tuple[Launch, Tensor | None]:
@@ -311,14 +318,16 @@ def _hopper_backward(
     *,
     with_init_grad: bool,
     kept: Kept | None,
+    others: OtherGrads,
     run,
 ) -> Gradients:
-    do = do if do.is_meta else _rows_of_16_bytes(do)
+    if not do.is_meta:
+        do, others = _rows_of_16_bytes(do), _aligned_others(others)
     dq, dk, dv = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for like in (x.q, x.k, x.v))
     last = launch_hopper_state_bwd(sizes, x, do, plan.state_bwd)
     logs = last.args["logs"]
     behind, d_init = scan_states(sizes, last, final_init, backward=True, with_final=with_init_grad, run=run)
-    run(launch_hopper_dkv(sizes, x, behind, do, logs, dk, dv, plan.dkv))
+    run(launch_hopper_dkv(sizes, x, behind, do, logs, dk, dv, plan.dkv, others.dk, others.dv))
     # The states behind the chunks make room for those in front of them.
     del last, behind
     if kept is None:
@@ -333,7 +342,7 @@ def _hopper_backward(
         run(first)
         chunks = first.args["states"]
         del first
-    run(launch_hopper_dq(sizes, x, chunks, do, logs, dq, plan.dq))
+    run(launch_hopper_dq(sizes, x, chunks, do, logs, dq, plan.dq, others.dq))
     return Gradients(dq, dk, dv, None, None, d_init)
 
 
@@ -431,19 +440,22 @@ def _solve_taped(inputs: Inputs, lag: int, feature_map: str, save_every: int) ->
 
 
 def _solve_bwd_taped(
-    do: Tensor, inputs: Inputs, kept: Kept | None, lag: int, feature_map: str, save_every: int
+    do: Tensor, inputs: Inputs, kept: Kept | None, others: OtherGrads, lag: int, feature_map: str, save_every: int
 ) -> Sequence[Tensor]:
     """dq, dk, dv."""
 
     def build(tensors: Sequence[Any], run: Callable[[Launch], None]) -> Sequence[Tensor]:
-        do, states, sums, *problem = tensors
-        sizes, x, plan = _hopper_problem(Inputs(*problem), lag, feature_map)
+        do, states, sums, *rest = tensors
+        others, problem = OtherGrads(*rest[:3]), Inputs(*rest[3:])
+        sizes, x, plan = _hopper_problem(problem, lag, feature_map)
         kept = Kept(save_every, states, sums) if save_every else None
-        grads = _hopper_backward(sizes, x, None, do, None, plan, with_init_grad=False, kept=kept, run=run)
+        grads = _hopper_backward(
+            sizes, x, None, do, None, plan, with_init_grad=False, kept=kept, others=others, run=run
+        )
         return grads.dq, grads.dk, grads.dv
 
     states = (None, None) if kept is None else (kept.states, kept.sums)
-    tensors = (_rows_of_16_bytes(do), *states, *_aligned(inputs))
+    tensors = (_rows_of_16_bytes(do), *states, *_aligned_others(others), *_aligned(inputs))
     return _backward_tapes.call(tensors, (lag, feature_map, save_every), build)
 
 
@@ -478,6 +490,7 @@ def solve_bwd(
     lag: int,
     feature_map: str,
     save_every: int,
+    others: OtherGrads = NO_OTHERS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `fused_ops.fused_bwd` returns."""
     q, _, _, rows, *_, carried, start, start_log = inputs
@@ -486,13 +499,13 @@ def solve_bwd(
         kept = Kept(save_every, kept_chunks, kept_sums)
     with torch.cuda.device_of(q), without_autocast(q.device.type):
         if _taped(inputs, d_final):
-            dq, dk, dv = _solve_bwd_taped(do, inputs, kept, lag, feature_map, save_every)
+            dq, dk, dv = _solve_bwd_taped(do, inputs, kept, others, lag, feature_map, save_every)
             d_rows, d_carried, d_start, d_start_log = _nothing(q, *[q.dtype] * 4)
             return dq, dk, dv, d_rows, d_carried, d_start, d_start_log
         sizes, x, init, plan = prepare(inputs, lag, feature_map)
         final_init = split_init(sizes, d_final)
         with_init_grad = carried is not None
-        grads = backward(sizes, x, init, do, final_init, plan, with_init_grad=with_init_grad, kept=kept)
+        grads = backward(sizes, x, init, do, final_init, plan, with_init_grad=with_init_grad, kept=kept, others=others)
         d_rows, d_carried, d_start, d_start_log = _nothing(q, *[q.dtype] * 4)
         if rows is not None:
             assert grads.decays is not None

@@ -6,6 +6,7 @@ made, so that everything in front of them stays with autograd.
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -85,6 +86,37 @@ def _fused_scan(problem: ScanProblem, with_final: bool, save_every: int) -> Scan
         o_BTHD = torch.cat([part.o_BTHD for part in parts], dim=3)
         carried_BGFD = torch.cat([part.carried_BGFD for part in parts], dim=-1)
         return ScanResult(o_BTHD, carried_BGFD, parts[0].start_log_decay_BG)
+    inputs, final_log_BG, documents = _op_inputs(problem, with_final=with_final)
+    o_BTHD, final_BGFD, _, _ = fused_fwd(
+        *inputs,
+        problem.lag,
+        problem.feature_map.value,
+        with_final,
+        save_every if _needs_gradient(inputs) else 0,
+    )
+    if with_final and documents is not None:
+        final_BGFD = torch.where(documents.ends_running_B111, final_BGFD, 0.0)
+    return ScanResult(o_BTHD, final_BGFD, final_log_BG)
+
+
+def fused_scan_and_inputs(
+    problem: ScanProblem, *, save_every: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o, and the problem's q, k, v for other readers, whose gradients this branch's kernels add to their own."""
+    if problem.v_BMGD.shape[3] > value_columns(problem.q_BTHD.dtype, problem.q_BTHD.shape[3]):
+        # In parts: autograd adds up what they give to dq and dk anyway.
+        o_BTHD = fused_scan(problem, with_final=False, save_every=save_every).o_BTHD
+        return o_BTHD, problem.q_BTHD, problem.k_BMGD, problem.v_BMGD
+    if save_every is None:
+        save_every = DEFAULT_SAVE_EVERY
+    with without_autocast(problem.q_BTHD.device.type):
+        inputs, *_ = _op_inputs(problem, with_final=False)
+        save_every = save_every if _needs_gradient(inputs) else 0
+        return torch.ops.scan_kernels.fused_with_inputs(*inputs, problem.lag, problem.feature_map.value, save_every)
+
+
+def _op_inputs(problem: ScanProblem, *, with_final: bool) -> tuple["Inputs", Tensor | None, _ChunkDocuments | None]:
+    """The ops' tensors, the start state's decay at the end, and where documents end if something asks for it."""
     T = problem.q_BTHD.shape[1]
     rows_BGT = None
     if problem.decay_BMG is not None:
@@ -99,7 +131,7 @@ def _fused_scan(problem: ScanProblem, with_final: bool, save_every: int) -> Scan
         final_log_BG = start_log_BGT[..., T - 1]
         if rows_BGT is None and problem.start_log_decay_BG is None:
             start_log_BGT = None
-    o_BTHD, final_BGFD, _, _ = fused_fwd(
+    inputs = Inputs(
         problem.q_BTHD,
         problem.k_BMGD,
         problem.v_BMGD,
@@ -110,19 +142,12 @@ def _fused_scan(problem: ScanProblem, with_final: bool, save_every: int) -> Scan
         problem.carried_BGFD,
         problem.start_BXFD,
         start_log_BGT,
-        problem.lag,
-        problem.feature_map.value,
-        with_final,
-        save_every if _needs_gradient(problem, rows_BGT, start_log_BGT) else 0,
     )
-    if with_final and documents is not None:
-        final_BGFD = torch.where(documents.ends_running_B111, final_BGFD, 0.0)
-    return ScanResult(o_BTHD, final_BGFD, final_log_BG)
+    return inputs, final_log_BG, documents
 
 
-def _needs_gradient(problem: ScanProblem, *others: Tensor | None) -> bool:
-    tensors = (problem.q_BTHD, problem.k_BMGD, problem.v_BMGD, problem.carried_BGFD, problem.start_BXFD, *others)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def _needs_gradient(inputs: "Inputs") -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 class Inputs(NamedTuple):
@@ -138,6 +163,17 @@ class Inputs(NamedTuple):
     carried: Tensor | None = None  # (B, G, F, Dv)
     start: Tensor | None = None  # (B, X, F, Dv)
     start_log: Tensor | None = None  # (B, G, T) float64: decay of `start`
+
+
+class OtherGrads(NamedTuple):
+    """What other readers of q, k, v give to their gradients; the kernels of dq, dk, dv add it. None: nothing."""
+
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+
+
+NO_OTHERS = OtherGrads()
 
 
 @torch.library.custom_op("scan_kernels::fused_fwd", mutates_args=())
@@ -205,6 +241,9 @@ def fused_bwd(
     start_log: Tensor | None,
     kept: Tensor | None,
     kept_sums: Tensor | None,
+    dq_other: Tensor | None,
+    dk_other: Tensor | None,
+    dv_other: Tensor | None,
     lag: int,
     feature_map: str,
     save_every: int,
@@ -212,11 +251,13 @@ def fused_bwd(
     """Gradients of q, k, v, rows, carried, start, start_log; empty tensors for what is None.
 
     kept, kept_sums: what `fused_fwd` returned, with save_every; None otherwise.
+    dq_other, dk_other, dv_other: added to dq, dk, dv before they are rounded.
     """
     from scan_kernels import fused
 
     inputs = Inputs(q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log)
-    return fused.solve_bwd(do, d_final, inputs, kept, kept_sums, lag, feature_map, save_every)
+    others = OtherGrads(dq_other, dk_other, dv_other)
+    return fused.solve_bwd(do, d_final, inputs, kept, kept_sums, lag, feature_map, save_every, others)
 
 
 @fused_bwd.register_fake
@@ -245,10 +286,53 @@ def _backward(ctx, do: Tensor | None, d_final: Tensor | None, _kept: None, _kept
         do = inputs.q.new_zeros(*inputs.q.shape[:3], inputs.v.shape[3])
     if not ctx.with_final:
         d_final = None
-    grads = fused_bwd(do, d_final, *saved, ctx.lag, ctx.feature_map, ctx.save_every)
+    grads = fused_bwd(do, d_final, *saved, *NO_OTHERS, ctx.lag, ctx.feature_map, ctx.save_every)
+    return *_in_order(inputs, grads), None, None, None, None
+
+
+def _in_order(inputs: Inputs, grads: Sequence[Tensor]) -> list[Tensor | None]:
+    """What `fused_bwd` returned, a gradient for each of `inputs`."""
     dq, dk, dv, d_rows, d_carried, d_start, d_start_log = grads
     found = (dq, dk, dv, d_rows, None, None, None, d_carried, d_start, d_start_log)
-    return (*(None if x is None else grad for x, grad in zip(inputs, found, strict=True)), None, None, None, None)
+    return [None if x is None else grad for x, grad in zip(inputs, found, strict=True)]
 
 
 fused_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _WithInputs(torch.autograd.Function):
+    """`fused_fwd` as a node that q, k, v pass through on their way to other readers.
+
+    So it is the one place where their gradients meet, and its backward has those of the others in its hands.
+    """
+
+    @staticmethod
+    def forward(ctx, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        inputs = Inputs(*arguments[:10])
+        ctx.lag, ctx.feature_map, ctx.save_every = arguments[10:]
+        o, _, kept, kept_sums = fused_fwd(*inputs, ctx.lag, ctx.feature_map, False, ctx.save_every)
+        ctx.save_for_backward(*inputs, *((kept, kept_sums) if ctx.save_every else (None, None)))
+        ctx.set_materialize_grads(False)
+        return o, *(x.view_as(x) for x in inputs[:3])
+
+    @staticmethod
+    def backward(ctx, do: Tensor | None, *others: Tensor | None):
+        if do is None:
+            return *others, *(None,) * 10
+        *saved, kept, kept_sums = ctx.saved_tensors  # checkpointing gives them once
+        inputs = Inputs(*saved)
+        options = (ctx.lag, ctx.feature_map, ctx.save_every)
+        grads = fused_bwd(do, None, *inputs, kept, kept_sums, *others, *options)
+        return *_in_order(inputs, grads), None, None, None
+
+
+# An operator made of others, for the sake of torch.compile: Dynamo sees a single call, and `fused_fwd` is traced inside
+# it later. A Function that Dynamo traces itself loses the tags of activation checkpointing in torch 2.11: `full` would
+# keep what it should compute again. (And a custom op may not return its inputs.)
+_LIBRARY = torch.library.Library("scan_kernels", "FRAGMENT")
+_LIBRARY.define(
+    "fused_with_inputs(Tensor(a) q, Tensor(b) k, Tensor(c) v, Tensor? rows, Tensor? query_doc, Tensor? key_doc, "
+    "Tensor? carried_doc, Tensor? carried, Tensor? start, Tensor? start_log, int lag, str feature_map, int save_every)"
+    " -> (Tensor, Tensor(a), Tensor(b), Tensor(c))"
+)
+_LIBRARY.impl("fused_with_inputs", _WithInputs.apply, "CompositeImplicitAutograd")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexrattn.inspect.compiler import assembles_as_training
 from scan_kernels import feature_dim
-from scan_kernels.fused_ops import DEFAULT_SAVE_EVERY, DTYPES, WIDTHS, Inputs, value_columns
+from scan_kernels.fused_ops import DEFAULT_SAVE_EVERY, DTYPES, WIDTHS, Inputs, OtherGrads, value_columns
 from scan_kernels.window import residual_shift
 
 
@@ -34,6 +34,7 @@ class ScanShape:
     feature_map: str
     save_every: int
     start: bool  # a learned initial state
+    joined: str  # of "qkv": whose gradients of the softmax branch its kernels add to their own
     summed: bool  # both branches' norms and their sum by scan_kernels.sum_of_head_norms
     sum_dtype: torch.dtype
     decays: bool
@@ -63,11 +64,26 @@ def scan_shape(attention: Any, *, batch: int, seq_len: int, dtype: torch.dtype, 
         feature_map=residual.feature_map,
         save_every=DEFAULT_SAVE_EVERY if residual.save_every is None else residual.save_every,
         start=attention.initial_state is not None,
+        joined=_joined(attention, dtype),
         summed=attention.sum_impl is not None and attention.swa_norm is not None and not attention.splits_heads,
         sum_dtype=dtype,
         decays=decays,
         capability=capability,
     )
+
+
+def _joined(attention: Any, dtype: torch.dtype) -> str:
+    """Which of q, k and v both branches read as they are."""
+    residual = attention.residual
+    if not (attention.joins_gradients and attention.has_softmax) or attention.splits_heads:
+        return ""
+    if attention.decay_gate is not None and torch.promote_types(dtype, torch.float32) != dtype:
+        return ""
+    if attention.head_dim > value_columns(dtype, attention.head_dim):
+        return ""
+    scaled = attention.q_scale is not None
+    changed = {"q": scaled, "k": scaled or residual.draws, "v": residual.draws or residual.sinks > 0}
+    return "".join(name for name, is_changed in changed.items() if not is_changed)
 
 
 def why_no_kernels(impl: str, shape: ScanShape) -> str:
@@ -140,7 +156,10 @@ def scan_launches(shape: ScanShape) -> list[ScanLaunch]:
         )
         collect(False)(branch_sum.branch_sum_fwd(a, b, weight_a, weight_b, 1e-8)[0])
         collect(True)(branch_sum.branch_sum_bwd(dy, a, b, weight_a, weight_b, 1e-8)[0])
-    fused.backward(sizes, x, init, do, None, plan, with_init_grad=False, kept=kept, run=collect(True))
+    # Tensors of their own, so that their bytes count.
+    shared = {"q": q, "k": k, "v": v}
+    others = OtherGrads(*(y.new_empty(y.shape) if name in shape.joined else None for name, y in shared.items()))
+    fused.backward(sizes, x, init, do, None, plan, with_init_grad=False, kept=kept, others=others, run=collect(True))
     return found
 
 

@@ -17,11 +17,21 @@ from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, 
 
 
 @triton.jit
+def _with_other(x, p_other, stride, stride_d, m_key, C: tl.constexpr, WIDTH: tl.constexpr):
+    """x and what another reader of these keys gives to them."""
+    if p_other is not None:
+        o_c, o_d = tl.arange(0, C), tl.arange(0, WIDTH)
+        other = tl.load(p_other + (o_c * stride)[:, None] + o_d[None, :] * stride_d, mask=m_key[:, None], other=0.0)
+        x = x.to(tl.float32) + other.to(tl.float32)
+    return x
+
+
+@triton.jit
 def chunk_dkv_kernel(
-    q, k, v, do, dk, dv, cum_hi, cum_lo, query_doc, key_doc, carried_doc,
+    q, k, v, do, dk, dv, dk_other, dv_other, cum_hi, cum_lo, query_doc, key_doc, carried_doc,
     states, sums, factors, carry, carry_sums,
     q_sb, q_st, q_sh, q_sd, k_sb, k_st, k_sg, k_sd, v_sb, v_st, v_sg, v_sd, do_sb, do_st, do_sh, do_sd,
-    qdoc_sb, qdoc_st, doc_sb, doc_st,
+    dko_sb, dko_st, dko_sg, dko_sd, dvo_sb, dvo_st, dvo_sg, dvo_sd, qdoc_sb, qdoc_st, doc_sb, doc_st,
     T, M, lag, N, G, SEGMENT,
     R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, C: tl.constexpr,
     HEADS: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_CARRY: tl.constexpr,
@@ -39,11 +49,17 @@ def chunk_dkv_kernel(
     dk += ((b * M + first_key) * G + g) * D
     dv += ((b * M + first_key) * G + g) * DV
     m_key = (o_j >= lag) & (o_j < M + lag)
+    if dk_other is not None:
+        dk_other += b * dko_sb + g * dko_sg + first_key * dko_st
+    if dv_other is not None:
+        dv_other += b * dvo_sb + g * dvo_sg + first_key * dvo_st
     if n >= N:
         # Keys that are younger than any query's residual keys.
         o_row = o_c[:, None].to(tl.int64) * G
-        tl.store(dk + o_row * D + o_d[None, :], tl.zeros((C, D), dk.dtype.element_ty), mask=m_key[:, None])
-        tl.store(dv + o_row * DV + o_v[None, :], tl.zeros((C, DV), dv.dtype.element_ty), mask=m_key[:, None])
+        d_key = _with_other(tl.zeros((C, D), tl.float32), dk_other, dko_st, dko_sd, m_key, C, D)
+        d_value = _with_other(tl.zeros((C, DV), tl.float32), dv_other, dvo_st, dvo_sd, m_key, C, DV)
+        tl.store(dk + o_row * D + o_d[None, :], d_key.to(dk.dtype.element_ty), mask=m_key[:, None])
+        tl.store(dv + o_row * DV + o_v[None, :], d_value.to(dv.dtype.element_ty), mask=m_key[:, None])
         return
 
     m_j = (o_j < T) & (o_j >= lag)
@@ -120,6 +136,7 @@ def chunk_dkv_kernel(
         d_value = tl.dot(scores.to(compute), b_do, d_value, input_precision=PRECISION)
     # Rows behind the last query hold keys that none of them reads.
     d_value = tl.where(m_j[:, None], d_value, 0.0)
+    d_value = _with_other(d_value, dv_other, dvo_st, dvo_sd, m_key, C, DV)
     tl.store(dv + (o_c * G * DV)[:, None] + o_v[None, :], d_value.to(dv.dtype.element_ty), mask=m_key[:, None])
     b_v = tl.load(v + (o_c * v_st)[:, None] + o_v[None, :] * v_sd, mask=m_j[:, None], other=0.0).to(compute)
 
@@ -143,7 +160,7 @@ def chunk_dkv_kernel(
             b_q = feature_map(query, 1.0 - 2.0 * half, MAP, D).to(compute)
             dphi = tl.dot(d_scores.to(compute), b_q, dphi, input_precision=PRECISION)
         d_key = (d_key.to(tl.float32) + feature_map_bwd(key, dphi, 1.0 - 2.0 * half, MAP, D)).to(compute)
-    d_key = tl.where(m_j[:, None], d_key, 0.0)
+    d_key = _with_other(tl.where(m_j[:, None], d_key, 0.0), dk_other, dko_st, dko_sd, m_key, C, D)
     tl.store(dk + (o_c * G * D)[:, None] + o_d[None, :], d_key.to(dk.dtype.element_ty), mask=m_key[:, None])
 
 
@@ -156,8 +173,10 @@ def launch_chunk_dkv(
     dv: Tensor,
     config: Config,
     compute: torch.dtype,
+    dk_other: Tensor | None = None,
+    dv_other: Tensor | None = None,
 ) -> Launch:
-    """Writes dk, dv of all M keys."""
+    """Writes dk, dv of all M keys, with `dk_other`, `dv_other` added before they are rounded."""
     args = query_args(sizes, x, states, config, compute)
     for name in ("start", "start_sum", "start_log", "X", "HAS_START"):
         del args[name]
@@ -167,10 +186,14 @@ def launch_chunk_dkv(
         "do": do,
         "dk": dk,
         "dv": dv,
+        "dk_other": dk_other,
+        "dv_other": dv_other,
         "M": sizes.M,
         **strides(x.k, "k_sb k_st k_sg k_sd"),
         **strides(x.v, "v_sb v_st v_sg v_sd"),
         **strides(do, "do_sb do_st do_sh do_sd"),
+        **strides(dk_other, "dko_sb dko_st dko_sg dko_sd"),
+        **strides(dv_other, "dvo_sb dvo_st dvo_sg dvo_sd"),
     }
     chunks_with_keys = -(-(sizes.M + sizes.lag) // sizes.chunk)
     return Launch(chunk_dkv_kernel, (chunks_with_keys, sizes.B * sizes.G), args, config.options)

@@ -16,11 +16,11 @@ from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, 
 
 @triton.jit
 def chunk_dq_kernel(
-    q, k, v, do, dq, d_read, d_paired, d_start,
+    q, k, v, do, dq, dq_other, d_read, d_paired, d_start,
     cum_hi, cum_lo, query_doc, key_doc, carried_doc, start, start_sum, start_log,
     states, sums, factors, carry, carry_sums,
     q_sb, q_st, q_sh, q_sd, k_sb, k_st, k_sg, k_sd, v_sb, v_st, v_sg, v_sd, do_sb, do_st, do_sh, do_sd,
-    qdoc_sb, qdoc_st, doc_sb, doc_st,
+    dqo_sb, dqo_st, dqo_sh, dqo_sd, qdoc_sb, qdoc_st, doc_sb, doc_st,
     T, lag, N, G, X, SEGMENT,
     R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, C: tl.constexpr,
     HEADS: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_CARRY: tl.constexpr,
@@ -86,6 +86,8 @@ def chunk_dq_kernel(
     do += b * do_sb + g * R * do_sh + (n * C).to(tl.int64) * do_st
     o_q = (o_r // C * q_sh + o_r % C * q_st)[:, None] + o_d[None, :] * q_sd
     o_do = (o_r // C * do_sh + o_r % C * do_st)[:, None] + o_v[None, :] * do_sd
+    if dq_other is not None:
+        dq_other += b * dqo_sb + g * R * dqo_sh + (n * C).to(tl.int64) * dqo_st
     row = (b * T + n * C) * G * R + g * R
     o_row = o_r % C * G * R + o_r // C
     for r in range(0, R, HEADS):
@@ -147,6 +149,10 @@ def chunk_dq_kernel(
             d_query = d_query.to(tl.float32) + feature_map_bwd(query, dphi2, -1.0, MAP, D)
         if any_bad != 0:
             d_query = tl.where(reads_bad[:, None], float("nan"), d_query)
+        if dq_other is not None:
+            o_other = (o_r // C * dqo_sh + o_r % C * dqo_st)[:, None] + o_d[None, :] * dqo_sd
+            other = tl.load(dq_other + r * dqo_sh + o_other, mask=m_i[:, None], other=0.0)
+            d_query = d_query.to(tl.float32) + other.to(tl.float32)
         tl.store(
             dq + (row + r) * D + (o_row * D)[:, None] + o_d[None, :], d_query.to(dq.dtype.element_ty), mask=m_i[:, None]
         )
@@ -179,8 +185,9 @@ def launch_chunk_dq(
     d_start: Tensor | None,
     config: Config,
     compute: torch.dtype,
+    other: Tensor | None = None,
 ) -> Launch:
-    """Writes dq and, for the gradient of decays, in fp32:
+    """Writes dq, with `other` added before it is rounded, and, for the gradient of decays, in fp32:
 
     d_read (B, T, H): do . o of every query, but for the key of its own row and the start state; d_paired (B, G, N * C):
     the part of it that each key gave to queries of its chunk; d_start (B, T, H): do . o by the start state.
@@ -190,6 +197,7 @@ def launch_chunk_dq(
         "v": x.v,
         "do": do,
         "dq": dq,
+        "dq_other": other,
         "d_read": d_read,
         "d_paired": d_paired,
         "d_start": d_start,
@@ -197,5 +205,6 @@ def launch_chunk_dq(
         **strides(x.k, "k_sb k_st k_sg k_sd"),
         **strides(x.v, "v_sb v_st v_sg v_sd"),
         **strides(do, "do_sb do_st do_sh do_sd"),
+        **strides(other, "dqo_sb dqo_st dqo_sh dqo_sd"),
     }
     return Launch(chunk_dq_kernel, (sizes.N, sizes.B * sizes.G), args, config.options)

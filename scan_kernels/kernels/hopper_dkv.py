@@ -111,9 +111,19 @@ def _add_head(
 
 
 @gluon.jit
+def _with_other(x, p_other, stride, first, M, C: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr):
+    """x and what another reader of these keys gives to them."""
+    if p_other is not None:
+        x = x + load_tile(p_other, stride, first, 0, M, C, D, TILE).to(gl.float32)
+    return x
+
+
+@gluon.jit
 def hopper_dkv_kernel(
-    q, k, v, do, dk, dv, query_doc, key_doc, carried_doc, states, sums, factors, carry, carry_sums, logs,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh, qdoc_sb, qdoc_st, doc_sb, doc_st,
+    q, k, v, do, dk, dv, dk_other, dv_other, query_doc, key_doc, carried_doc,
+    states, sums, factors, carry, carry_sums, logs,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh,
+    dko_sb, dko_st, dko_sg, dvo_sb, dvo_st, dvo_sg, qdoc_sb, qdoc_st, doc_sb, doc_st,
     T, M, lag, N, G, SEGMENT,
     R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr,
     HAS_DOCS: gl.constexpr, HAS_CARRY: gl.constexpr,
@@ -128,11 +138,17 @@ def hopper_dkv_kernel(
     b, g = bg // G, bg % G
     dk += (b * M * G + g) * D
     dv += (b * M * G + g) * D
+    if dk_other is not None:
+        dk_other += b * dko_sb + g * dko_sg
+    if dv_other is not None:
+        dv_other += b * dvo_sb + g * dvo_sg
     if n >= N:
         # Keys that are younger than any query's residual keys.
         zero = gl.zeros([C, D], gl.float32, WIDE)
-        store_tile(dk, G * D, n * C - lag, zero, 0, M, C, D, WIDE)
-        store_tile(dv, G * D, n * C - lag, zero, 0, M, C, D, WIDE)
+        unread_dk = _with_other(zero, dk_other, dko_st, n * C - lag, M, C, D, WIDE)
+        unread_dv = _with_other(zero, dv_other, dvo_st, n * C - lag, M, C, D, WIDE)
+        store_tile(dk, G * D, n * C - lag, unread_dk, 0, M, C, D, WIDE)
+        store_tile(dv, G * D, n * C - lag, unread_dv, 0, M, C, D, WIDE)
     else:
         s_q = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
         s_do = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
@@ -237,23 +253,36 @@ def hopper_dkv_kernel(
             d_value += gl.where(runs_on[:, None], mean[None, :], 0.0)
         a_t = n * C + gl.arange(0, C, gl.SliceLayout(1, ACC))
         d_value = gl.where(((a_t < T) & (a_t >= lag))[:, None], d_value, 0.0)
+        d_value = _with_other(d_value, dv_other, dvo_st, n * C - lag, M, C, D, ACC)
         store_tile(dv, G * D, n * C - lag, d_value, 0, M, C, D, ACC)
         d_key = feature_map_bwd(key, to_memory(dphi1, C, D, WIDE), 1.0, MAP)
         if PAIRED:
             d_key += feature_map_bwd(key, to_memory(dphi2, C, D, WIDE), -1.0, MAP)
         w_t = n * C + gl.arange(0, C, gl.SliceLayout(1, WIDE))
         d_key = gl.where(((w_t < T) & (w_t >= lag))[:, None], d_key, 0.0)
+        d_key = _with_other(d_key, dk_other, dko_st, n * C - lag, M, C, D, WIDE)
         store_tile(dk, G * D, n * C - lag, d_key, 0, M, C, D, WIDE)
 
 
 def launch_hopper_dkv(
-    sizes: Sizes, x: Tensors, states: States, do: Tensor, logs: Tensor | None, dk: Tensor, dv: Tensor, config: Config
+    sizes: Sizes,
+    x: Tensors,
+    states: States,
+    do: Tensor,
+    logs: Tensor | None,
+    dk: Tensor,
+    dv: Tensor,
+    config: Config,
+    dk_other: Tensor | None = None,
+    dv_other: Tensor | None = None,
 ) -> Launch:
-    """Writes dk, dv of all M keys."""
+    """Writes dk, dv of all M keys, with `dk_other`, `dv_other` added before they are rounded."""
     args = {
         "do": do,
         "dk": dk,
         "dv": dv,
+        "dk_other": dk_other,
+        "dv_other": dv_other,
         "states": states.chunks,
         "sums": states.sums,
         "factors": states.factors,
@@ -261,6 +290,8 @@ def launch_hopper_dkv(
         "carry_sums": states.carry_sums,
         **chunk_args(sizes, x),
         **rows_of(do, "do_sb do_st do_sh"),
+        **rows_of(dk_other, "dko_sb dko_st dko_sg"),
+        **rows_of(dv_other, "dvo_sb dvo_st dvo_sg"),
         "M": sizes.M,
         "SEGMENT": sizes.segment,
         "HAS_CARRY": states.carry is not None,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from scan_kernels import fused
 from scan_kernels.feature_maps import feature_dim
-from scan_kernels.fused_ops import Inputs, value_columns
+from scan_kernels.fused_ops import NO_OTHERS, Inputs, OtherGrads, value_columns
 from scan_kernels.kernels.configs import Plan
 from scan_kernels.kernels.launch import Launch
 
@@ -36,6 +36,7 @@ VARIANTS = {
     "decay": ("decay",),
     "start": ("start",),
     "all": ("documents", "decay", "start", "final"),
+    "joined": ("documents", "others"),  # the other branch's gradients of q, k, v
 }
 
 
@@ -115,11 +116,23 @@ class Case:
             without = {name for name in ("states", "totals") if name in args and args[name] is None}
             found.setdefault((_name(launch), args.get("REVERSED"), *sorted(without)), launch)
 
+        others = OtherGrads(q, k, v) if "others" in has else NO_OTHERS
         with_final = "final" in has
         *_, kept = fused.forward(sizes, x, init, plan, with_final=with_final, save_every=2, run=collect)
         d_final = empty(B * G, F + 1, DV, dtype=torch.float32) if with_final else None
         for start_from in (None, kept):
-            fused.backward(sizes, x, init, do, d_final, plan, with_init_grad=with_final, kept=start_from, run=collect)
+            fused.backward(
+                sizes,
+                x,
+                init,
+                do,
+                d_final,
+                plan,
+                with_init_grad=with_final,
+                kept=start_from,
+                others=others,
+                run=collect,
+            )
         return list(found.values())
 
 

@@ -9,8 +9,9 @@ from flexrattn import make_layers, resolve_flavor
 from flexrattn.attention import HeadRMSNorm
 from flexrattn.flavors import build_model_config
 from flexrattn.head_split import merge_groups, split_groups
+from flexrattn.inspect.scan import scan_shape
 from flexrattn.masked_attention import MaskedAttention
-from scan_kernels import residual_linear_attention
+from scan_kernels import residual_linear_attention_and_inputs
 from score_mods import build_block_mask, sliding_window
 from tests import paper
 from tests.closeness import relative_error
@@ -152,18 +153,60 @@ def test_decayed_scan_is_computed_in_fp32(decay_gate, monkeypatch):
 
     def scan(q, k, v, **options):
         seen.append((q.dtype, k.dtype, v.dtype, options["decay"] is not None and options["decay"].dtype))
-        return residual_linear_attention(q, k, v, **options)
+        return residual_linear_attention_and_inputs(q, k, v, **options)
 
-    monkeypatch.setattr("flexrattn.attention.residual_linear_attention", scan)
+    monkeypatch.setattr("flexrattn.attention.residual_linear_attention_and_inputs", scan)
     model, attention, _ = build({"layer_kind": "rattention", "window": 5, "decay_gate": decay_gate})
     model.bfloat16()
     positions = positions_of(ONE_DOCUMENT)[None]
     outputs = []
-    attention.residual.register_forward_hook(lambda module, args, out: outputs.append(out.dtype))
+    attention.residual.register_forward_hook(lambda module, args, out: outputs.append(out[0].dtype))
     attention(torch.randn(1, T, SIZE["dim"]).bfloat16(), model.get_attention_masks(positions), positions)
     wide = torch.float32 if decay_gate else torch.bfloat16
     assert seen == [(wide, wide, wide, torch.float32 if decay_gate else False)]
     assert outputs == [torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("options", "joined"),
+    [
+        ({}, "qkv"),
+        ({"learned_initial_state": True}, "qkv"),
+        ({"learned_qk_scale": True}, "v"),
+        ({"local_mask": "attention_sink", "local_mask_args": {"sinks": 2}}, "qk"),
+        ({"local_mask": {"stochastic_window": {"low": 0, "high": 20}}}, "q"),
+        ({"decay_gate": True}, ""),
+        ({"layer_kind": "hymba"}, ""),
+    ],
+    ids=["plain", "learned state", "learned scale", "sinks", "draws", "decay gate", "hymba"],
+)
+def test_which_gradients_the_linear_branch_joins(options, joined, monkeypatch):
+    """The softmax branch reads what the scan passes on, where that is what it would read anyway."""
+    passed: list[torch.Tensor] = []
+
+    def scan(q, k, v, **options):
+        o, *inputs = residual_linear_attention_and_inputs(q, k, v, **options)
+        passed[:] = [x.view_as(x) for x in inputs]
+        return o, *passed
+
+    monkeypatch.setattr("flexrattn.attention.residual_linear_attention_and_inputs", scan)
+    model, attention, config = build({"layer_kind": "rattention", "window": 5, **options})
+    model.bfloat16()
+    model.set_step(1)
+    attention.rope = None  # so that q and k come as they are
+    read: dict[str, torch.Tensor] = {}
+    attention.inner_attention.register_forward_pre_hook(lambda module, args: read.update(zip("qkv", args, strict=True)))
+    positions = positions_of(DOCUMENTS)[None]
+    masks = model.get_attention_masks(positions)
+    attention(torch.randn(1, T, SIZE["dim"]).bfloat16(), masks, positions)
+    assert "".join(name for name, x in read.items() if any(x is y for y in passed)) == joined
+    # What `python -m flexrattn.inspect` compiles is what trains.
+    shape = scan_shape(config, batch=1, seq_len=T, dtype=torch.bfloat16, capability=90)
+    assert shape.joined == joined
+    attention.joins_gradients = False
+    passed.clear()
+    attention(torch.randn(1, T, SIZE["dim"]).bfloat16(), masks, positions)
+    assert not passed
 
 
 def test_split_groups_and_back():
@@ -216,7 +259,7 @@ def test_layer_gradients_ignore_rows_before_the_window_fills():
     masks = model.get_attention_masks(positions)
     x = torch.randn(1, T, SIZE["dim"])
     linear: list[torch.Tensor] = []
-    attention.residual.register_forward_hook(lambda module, args, out: linear.append(out))
+    attention.residual.register_forward_hook(lambda module, args, out: linear.append(out[0]))
     gradients = []
     for on_empty_rows in (0.0, 1e4):
         attention.zero_grad()

@@ -36,7 +36,10 @@ def test_shares_are_those_of_the_branches_outputs(kind):
     outputs: dict[str, list] = {"softmax": [], "linear": []}
     attention = model.layers["1"].attention
     attention.inner_attention.register_forward_hook(lambda module, args, out: outputs["softmax"].append(out.double()))
-    attention.residual.register_forward_hook(lambda module, args, out: outputs["linear"].append(out.double()))
+    linear_output = (lambda out: out) if kind == "hymba" else (lambda out: out[0])  # with q, k, v for the other branch
+    attention.residual.register_forward_hook(
+        lambda module, args, out: outputs["linear"].append(linear_output(out).double())
+    )
     rows = [torch.cat([torch.arange(n) for n in lengths]) for lengths in ((30, 3, 15), (48,))]
     positions = torch.stack(rows)
     branch_shares.begin([model])

@@ -137,6 +137,6 @@ def test_window_past_the_sequence_is_attention_alone():
     model = build(window=T - 1)
     attention = model.layers["0"].attention
     seen = []
-    attention.residual.register_forward_hook(lambda module, args, out: seen.append(out))
+    attention.residual.register_forward_hook(lambda module, args, out: seen.append(out[0]))
     run(model, torch.randint(0, 32, (1, T)), torch.arange(T)[None])
     assert not seen[0].any()

@@ -77,7 +77,7 @@ def assert_close(x: Tensor, reference: Tensor, tolerance: float, what: str = "o"
 
 def output_gradient(o: Tensor, seed: int = 7) -> Tensor:
     gen = torch.Generator().manual_seed(seed)
-    return torch.randn(o.shape, generator=gen, dtype=torch.float64).to(o.dtype) + 0.1
+    return torch.randn(o.shape, generator=gen, dtype=torch.float64).to(o) + 0.1
 
 
 def run(fn: Callable[..., Tensor], inputs: Inputs, **options) -> dict[str, Tensor]:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from scan_kernels import residual_linear_attention, sum_of_head_norms
+from scan_kernels import residual_linear_attention, residual_linear_attention_and_inputs, sum_of_head_norms
 from scan_kernels.branch_sum import branch_sum_fwd
-from scan_kernels.fused_ops import fused_fwd
+from scan_kernels.fused_ops import fused_bwd, fused_fwd
 from scan_kernels.kernels import branch_sum as branch_sum_kernels
 from scan_kernels.kernels import configs, state_scan
 from scan_kernels.kernels.launch import Config
-from tests.scan_kernels import branch_sum_cases, interpreted_bf16
+from tests.scan_kernels import branch_sum_cases, interpreted_bf16, shared_inputs
 from tests.scan_kernels.cases import (
     assert_close,
     assert_same,
@@ -244,6 +244,72 @@ def test_opcheck():
     everything = (rows, ids, ids, ids[:, 0].clone(), start.detach() * 0, start, start_log)
     for options, save_every in ((plain, 0), (plain, 1), (everything, 2)):
         torch.library.opcheck(fused_fwd, (q, k, v, *options, 3, "softmax", True, save_every))
+
+
+def test_opcheck_with_another_reader():
+    q, k, v = (x for x in cast(inputs_of(9, B=1), torch.float32).values())
+    plain = (None,) * 7
+    torch.library.opcheck(torch.ops.scan_kernels.fused_with_inputs.default, (q, k, v, *plain, 3, "softmax", 1))
+    with torch.no_grad():
+        do, others = torch.ones_like(q), (torch.ones_like(q), None, torch.ones_like(v))
+        torch.library.opcheck(fused_bwd, (do, None, q, k, v, *plain, None, None, *others, 3, "softmax", 0))
+
+
+@pytest.mark.parametrize(
+    ("T", "window", "extras"),
+    [
+        *itertools.product((1, 17, 70), (None, 0, 5), [""]),
+        *itertools.product((17, 70), (5, 100), ["documents"]),
+        (33, 2, "decay"),
+        (40, 3, "all"),
+    ],
+)
+def test_gradients_of_another_reader_are_added_by_the_kernels(T, window, extras):
+    inputs = inputs_of(
+        T, H=4, G=2, decay=extras in ("decay", "all"), start="query" if extras == "all" else "", feature_map="softmax"
+    )
+    lengths = [[T], random_lengths(T, 1, 25)]
+    ids = document_ids(lengths) if extras in ("documents", "all") else None
+    shared_inputs.check(inputs, torch.float32, 1e-5, window=window, document_ids=ids)
+
+
+@pytest.mark.parametrize("used", ["", "q", "v", "kv"])
+def test_some_of_the_inputs_have_another_reader(used):
+    shared_inputs.check(inputs_of(33), torch.float32, 1e-5, used=used, window=2)
+
+
+def test_values_in_parts_have_another_reader():
+    shared_inputs.check(inputs_of(18, B=1, D=16, Dv=256), torch.float32, 1e-5, window=1)
+
+
+def test_another_reader_alone():
+    inputs = cast(inputs_of(20), torch.float32)
+    _, *others = residual_linear_attention_and_inputs(**inputs, window=2, impl="triton")
+    grads = torch.autograd.grad(sum(x.square().sum() for x in others), list(inputs.values()))
+    assert all(torch.equal(grad, 2 * x) for grad, x in zip(grads, inputs.values(), strict=True))
+
+
+def test_gradients_of_any_strides_are_added():
+    inputs = cast(inputs_of(33), torch.float32)
+
+    def solve(entry) -> list[Tensor]:
+        o, q, k, v = entry(**inputs, window=2, impl="triton")
+        # One gradient is expanded (strides of 0), one has the heads before the tokens.
+        other = q.sum() + (k.transpose(1, 2) * torch.randn(2, 1, 33, 16, generator=torch.manual_seed(0))).sum()
+        return list(torch.autograd.grad(o.square().sum() + other + v.sum(), list(inputs.values())))
+
+    got, expected = solve(residual_linear_attention_and_inputs), solve(shared_inputs.apart)
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+def test_shared_inputs_compile_to_one_graph():
+    inputs = cast(inputs_of(40, decay=True, start="query"), torch.float32)
+    options = {"window": 5, "document_ids": document_ids([[30, 10], [39, 1]]), "impl": "triton", "save_every": 2}
+    expected = shared_inputs.solve(shared_inputs.apart, inputs, **options)
+    for entry, additions in ((residual_linear_attention_and_inputs, 0), (shared_inputs.apart, 3)):
+        found, got = shared_inputs.additions_in_the_backward(entry, inputs, **options)
+        assert_same(got, expected, 1e-6)
+        assert found == additions
 
 
 def test_compile_fullgraph():

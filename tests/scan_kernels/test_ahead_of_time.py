@@ -39,7 +39,7 @@ REST = [
 
 
 # Reached with Triton 3.6 and 3.8 at D = 128; some measured faster than what spills nothing.
-HOPPER = {"hopper_state": 32, "hopper_state_bwd": 144, "hopper_output": 400, "hopper_dq": 288, "hopper_dkv": 288}
+HOPPER = {"hopper_state": 32, "hopper_state_bwd": 144, "hopper_output": 400, "hopper_dq": 288, "hopper_dkv": 320}
 
 
 def most_spilled(case: Case, kernel: str) -> int:
@@ -48,13 +48,18 @@ def most_spilled(case: Case, kernel: str) -> int:
         return HOPPER[kernel]
     if case.D > 128 or case.dtype == "fp32":
         return 1200
-    return {"decay": 128, "all": 600}.get(case.variant, 16)
+    return {"decay": 128, "all": 600, "joined": 96}.get(case.variant, 16)
+
+
+EVERYTHING = os.environ.get("FLEXRATTN_ALL_KERNELS") == "1"
 
 
 def test_kernels_fit():
-    everything = os.environ.get("FLEXRATTN_ALL_KERNELS") == "1"
+    # Two kernels read the gradients of another branch.
+    joined = [Case(capability, "bf16", 128, "joined") for capability in (SHARED if EVERYTHING else (90,))]
+    readers = ("chunk_dq", "chunk_dkv", "hopper_dq", "hopper_dkv")
     unfit = []
-    for case, kernel, found in measure(FIRST + REST if everything else FIRST):
+    for case, kernel, found in measure(FIRST + REST if EVERYTHING else FIRST) + measure(joined, kernels=readers):
         fits = isinstance(found, Resources) and found.spilled <= most_spilled(case, kernel)
         # A kernel of next to no registers was optimized away.
         if not fits or found.shared > SHARED[case.capability] or found.registers < 16:

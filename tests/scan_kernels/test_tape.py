@@ -10,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from scan_kernels import fused
-from scan_kernels.fused_ops import Inputs
+from scan_kernels.fused_ops import Inputs, OtherGrads
 from scan_kernels.kernels.launch import Launch
 from scan_kernels.kernels.tape import Tapes
 
@@ -148,8 +148,8 @@ def problem(documents: bool) -> Inputs:
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
-@pytest.mark.parametrize("save_every", [0, 1, 4])
-def test_a_repeated_step_launches_what_the_first_one_did(monkeypatch, documents, save_every):
+@pytest.mark.parametrize(("save_every", "joined"), [(0, "qkv"), (1, ""), (4, "v")])
+def test_a_repeated_step_launches_what_the_first_one_did(monkeypatch, documents, save_every, joined):
     launched: list[tuple[str, list]] = []
 
     def run(launch: Launch):
@@ -175,7 +175,11 @@ def test_a_repeated_step_launches_what_the_first_one_did(monkeypatch, documents,
         inputs = problem(documents)
         o, _, kept, kept_sums = fused.solve(inputs, 513, "softmax", False, save_every)
         do, states = empty(*o.shape), (kept, kept_sums) if save_every else (None, None)
-        dq, dk, dv, *_ = fused.solve_bwd(do, None, inputs, None, *states, 513, "softmax", save_every)
+        shared = {
+            f"d{name}": empty(*x.shape) if name in joined else None for name, x in zip("qkv", inputs, strict=False)
+        }
+        others = OtherGrads(**shared)
+        dq, dk, dv, *_ = fused.solve_bwd(do, None, inputs, *states, 513, "softmax", save_every, others)
         assert [x.shape for x in (o, dq, dk, dv)] == [inputs[i].shape for i in (0, 0, 1, 2)]
         known = inputs._asdict() | {
             "do": do,
@@ -186,6 +190,7 @@ def test_a_repeated_step_launches_what_the_first_one_did(monkeypatch, documents,
             "kept": kept,
             "kept_sums": kept_sums,
         }
+        known |= {f"{name}_other": x for name, x in shared.items()}
         names = {id(x): name for name, x in known.items() if x is not None}
         return [
             (kernel, [(names.get(id(x)), x.shape, x.dtype) if isinstance(x, Tensor) else x for x in arguments])
@@ -203,6 +208,8 @@ def test_a_repeated_step_launches_what_the_first_one_did(monkeypatch, documents,
     expected |= {("hopper_output_kernel", name) for name in ("q", "k", "v", "o")}
     expected |= {("hopper_dq_kernel", name) for name in ("q", "k", "v", "do", "dq")}
     expected |= {("hopper_dkv_kernel", name) for name in ("q", "k", "v", "do", "dk", "dv")}
+    kernel_of = {"q": "hopper_dq_kernel", "k": "hopper_dkv_kernel", "v": "hopper_dkv_kernel"}
+    expected |= {(kernel_of[name], f"d{name}_other") for name in joined}
     if documents:
         kernels = ("hopper_state_kernel", "hopper_output_kernel", "hopper_dq_kernel", "hopper_dkv_kernel")
         expected |= {(kernel, name) for kernel in kernels for name in ("query_doc", "key_doc", "carried_doc")}

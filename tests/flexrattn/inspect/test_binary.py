@@ -105,6 +105,7 @@ def _shape(capability, dtype):
         feature_map="softmax",
         save_every=16,
         start=False,
+        joined="",
         summed=False,
         sum_dtype=dtype,
         decays=False,

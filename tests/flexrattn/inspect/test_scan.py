@@ -29,6 +29,7 @@ SHAPE = ScanShape(
     feature_map="softmax",
     save_every=16,
     start=False,
+    joined="",
     summed=False,
     sum_dtype=torch.bfloat16,
     decays=False,
@@ -80,6 +81,15 @@ def test_the_branches_sum_reads_and_writes_each_tensor_once():
         assert flops == 0
         # Scales, and the programs' shares of their gradients.
         assert tensors * branch < nbytes < 1.6 * tensors * branch
+
+
+def test_gradients_of_the_softmax_branch_are_read_where_they_are_added():
+    head = 2 * SHAPE.B * SHAPE.T * SHAPE.D
+    more = {"hopper_dq": {"q": SHAPE.H * head}, "hopper_dkv": {"k": SHAPE.G * head, "v": SHAPE.G * head}}
+    for joined in ("qkv", "v"):
+        for each, apart in zip(scan_launches(changed(joined=joined)), scan_launches(SHAPE), strict=True):
+            read = sum(nbytes for name, nbytes in more.get(each.name, {}).items() if name in joined)
+            assert work(each.launch)[1] == work(apart.launch)[1] + read
 
 
 def shape_of(**layers) -> ScanShape:
@@ -204,7 +214,8 @@ def test_kernels_are_assembled_as_in_training(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_PTXAS_PATH", "")  # what is there now comes back behind the test
     monkeypatch.delenv("TRITON_PTXAS_PATH")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(compile_tasks, "__file__", str(tmp_path / "torch" / "_inductor" / "runtime" / "compile_tasks.py"))
+    place = tmp_path / "torch" / "_inductor" / "runtime" / "compile_tasks.py"
+    monkeypatch.setattr(compile_tasks, "__file__", str(place))
     compile_tasks._set_triton_ptxas_path.cache_clear()
     try:
         assert ptxas_version() == knobs.nvidia.ptxas.version
