@@ -22,9 +22,8 @@ from torch import Tensor
 from flexrattn.attention import RAttention
 from flexrattn.decode.cache import DecodeCache, LayerCache, layer_spec
 from flexrattn.decode.engine import EagerStepper
-from flexrattn.decode.layer import Clock, make_clock
+from flexrattn.decode.layer import Clock
 from flexrattn.decode.sampling import Mode, SamplingRows, sample
-from flexrattn.decode.step import finish_step
 from flexrattn.model import Block, RAttentionModel
 
 if TYPE_CHECKING:
@@ -194,13 +193,12 @@ class TritonStep:
     @torch.no_grad()
     def __call__(self, token_B: Tensor, active_B: Tensor) -> Tensor:
         """Logits (B, V) behind one more token of every active row; the cache takes the tokens in."""
-        clock = make_clock(self.cache, active_B)
+        from flexrattn.decode.clock import start_clock
+
+        clock = start_clock(self.cache, active_B)
         if self.products is None:
-            logits_BV = self._layers(token_B, clock)
-        else:
-            logits_BV = self._fused_layers(self.products, token_B, clock)
-        finish_step(self.cache, clock.absorbed_after, active_B)
-        return logits_BV
+            return self._layers(token_B, clock)
+        return self._fused_layers(self.products, token_B, clock)
 
     def _fused_layers(self, products: FusedProducts, token_B: Tensor, clock: Clock) -> Tensor:
         from flexrattn.decode.glue import launch_add_norm, row_norm_eps
@@ -361,8 +359,13 @@ class TritonStepper(EagerStepper):
 
     @torch.no_grad()
     def step(self, mode: Mode) -> None:
+        from flexrattn.decode.clock import launch_likeliest
+
         logits_BV = self.run(self.token_B, self.active_B)
-        self.token_B.copy_(sample(logits_BV, self.rows, self.cache.lengths_B, mode))
+        if mode is Mode.GREEDY:
+            launch_likeliest(logits_BV, self.token_B).run()
+        else:
+            self.token_B.copy_(sample(logits_BV, self.rows, self.cache.lengths_B, mode))
 
 
 class GraphStepper(TritonStepper):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from flexrattn.decode.clock import launch_clock, launch_likeliest
 from flexrattn.decode.fast import Tuning
 from flexrattn.decode.glue import (
     Unscaled,
@@ -63,6 +64,8 @@ def launches(dtype: torch.dtype = torch.bfloat16, D: int = 128, options: bool = 
             parts, both[1], length, active, softmax_weight=norm, linear_weight=norm, eps=1e-8, out_BHD=q
         )
         yield f"combine {name}", launch
+    yield "clock", launch_clock(length, active, length, length, length, window=512, fold_every=8, last=True)
+    yield "likeliest", launch_likeliest(empty(B, 49152, dtype=dtype), length)
     x = empty(B, W, dtype=dtype)
     yield "add_norm", launch_add_norm(x, x, empty(W, dtype=dtype), 1e-6, x)
     if dtype == torch.bfloat16:
