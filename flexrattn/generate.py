@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -220,7 +221,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.export:
+    if options.export is not None:
+        if not options.export:
+            raise ValueError("--export needs a folder, got ''")
         folder = export(find_checkpoint(options.checkpoint), options.export, dtype=DTYPES.get(options.dtype))
         print(f"wrote {folder}: python -m flexrattn.generate --checkpoint {folder} --prompt ...")
         return
@@ -266,7 +269,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads has seen enough
+        _drop_output()
+        return 141
+    except OSError as error:
+        print(f"generate: error: {error}", file=sys.stderr)
+        _drop_output()
+        return 2
     return 0
+
+
+def _drop_output() -> None:
+    """What stdout does not take is not tried again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
