@@ -32,7 +32,7 @@ from flexrattn import platform
 from flexrattn.command_line import DTYPES, Parser, check_device
 from flexrattn.decode.cache import check_decodable
 from flexrattn.decode.checkpoint import export, find_checkpoint, load_model, load_tokenizer
-from flexrattn.decode.engine import EagerStepper, Engine
+from flexrattn.decode.engine import EagerStepper, Engine, whole
 from flexrattn.decode.sampling import Sampling
 from flexrattn.decode.text import TextStream
 from flexrattn.model import RAttentionModel
@@ -99,6 +99,8 @@ class Generator:
 
         Prompt i draws with seed + i. ValueError: an empty prompt or one past the model's limit.
         """
+        if isinstance(prompts, str):
+            raise ValueError(f"generate takes a list of prompts, got one text: [{prompts[:20]!r}] would be a list")
         streams: list[TextStream] = [TextStream(self.tokenizer, stop) for _ in prompts]
         finish = ["length"] * len(prompts)
         for index, _, ended in self._run(prompts, max_new_tokens, sampling or Sampling(), streams, slots):
@@ -128,15 +130,14 @@ class Generator:
         slots: int | None,
     ) -> Iterator[tuple[int, str, str]]:
         """(prompt's index, new text, "" or how it ended) in the order of arrival."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+        whole("max_new_tokens", max_new_tokens, 1)
         if not prompts:
             return
         encoded = [self.encode(prompt) for prompt in prompts]
         longest = max(map(len, encoded))
         engine = Engine(
             self.model,
-            slots=min(slots or 64, len(prompts)),
+            slots=min(64 if slots is None else slots, len(prompts)),
             max_length=min(longest + max_new_tokens, self.limit),
             stepper=self.stepper,
         )

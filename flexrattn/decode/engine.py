@@ -69,7 +69,8 @@ class _Read:
     ready: torch.cuda.Event | None = field(default=None)
 
 
-def _whole(name: str, value: int, least: int) -> int:
+def whole(name: str, value: int, least: int) -> int:
+    """The value. ValueError if it is no integer, or below `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
     return value
@@ -127,7 +128,7 @@ class Engine:
     ):
         weight = model.norm.weight
         on_gpu = weight.device.type == "cuda"
-        _whole("slots", slots, 1)
+        whole("slots", slots, 1)
         self.model = model
         self.cache = DecodeCache(
             model.config,
@@ -137,11 +138,9 @@ class Engine:
             dtype=weight.dtype,
             fold_every=stepper.fold_every if fold_every is None else fold_every,
         )
-        self.lag = (1 if on_gpu else 0) if lag is None else _whole("lag", lag, 0)
-        self.prefill_chunk = _whole("prefill_chunk", prefill_chunk, 1)
-        self.prefill_rows = (
-            (1 if on_gpu else slots) if prefill_rows is None else _whole("prefill_rows", prefill_rows, 1)
-        )
+        self.lag = (1 if on_gpu else 0) if lag is None else whole("lag", lag, 0)
+        self.prefill_chunk = whole("prefill_chunk", prefill_chunk, 1)
+        self.prefill_rows = (1 if on_gpu else slots) if prefill_rows is None else whole("prefill_rows", prefill_rows, 1)
         self._buckets = on_gpu
         device = self.cache.device
         self.token_B = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -195,7 +194,7 @@ class Engine:
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             wrong = next(token for token in prompt if not 0 <= token < vocabulary)
             raise ValueError(f"the prompt holds token {wrong}, the model's vocabulary is 0 to {vocabulary - 1}")
-        _whole("max_new_tokens", max_new_tokens, 1)
+        whole("max_new_tokens", max_new_tokens, 1)
         if sampling is not None and not isinstance(sampling, Sampling):
             raise ValueError(f"sampling must be a Sampling, got {sampling!r}")
         if stop is not None and not callable(stop):

@@ -127,7 +127,7 @@ class Tuning:
 
 
 class TritonStep:
-    """`decode_step` by kernels. ValueError where they do not take the model (`refusal`).
+    """`decode_step` by kernels. ValueError where they do not take the model (`refusal`), or the cache is of another.
 
     multiprocessors: what the number of splits aims at; by default the GPU's.
     """
@@ -140,6 +140,9 @@ class TritonStep:
         multiprocessors: int | None = None,
         tuning: Tuning | None = None,
     ):
+        cache.check_model(model.config)
+        if cache.dtype != (dtype := model.norm.weight.dtype):
+            raise ValueError(f"the Triton step needs a cache of the model's dtype {dtype}, got {cache.dtype}")
         reason = refusal(model.config, device=cache.device, dtype=cache.dtype)
         if reason:
             raise ValueError(f"the Triton step {reason}; use impl 'torch'")

@@ -64,8 +64,10 @@ def prefill(
 
     Equal to the full forward over the same tokens: for every split into calls of `prefill` and `decode_step`.
 
-    Raises ValueError: shapes, rows or counts that do not fit, positions that do not go on, no room in the cache.
+    Raises ValueError: shapes, rows or counts that do not fit, positions that do not go on, no room in the cache, a
+    cache of another model.
     """
+    cache.check_model(model.config)
     T = token_NT.shape[-1]
     token_NT, chunk = _check(cache, token_NT, rows, counts, positions)
     with _every_shape_compiled(cache.device):
@@ -123,7 +125,7 @@ def _check(
     if token_NT.ndim != 2 or token_NT.shape[1] < 1 or len(rows) != token_NT.shape[0]:
         raise ValueError(f"tokens must be ({len(rows)} rows, T >= 1), got {tuple(token_NT.shape)}")
     N, T = token_NT.shape
-    if len(set(rows)) != N or min(rows) < 0 or max(rows) >= cache.rows:
+    if N < 1 or len(set(rows)) != N or min(rows) < 0 or max(rows) >= cache.rows:
         raise ValueError(f"rows must be different and from 0 to {cache.rows - 1}, got {list(rows)}")
     counts = [T] * N if counts is None else list(counts)
     if len(counts) != N or min(counts) < 1 or max(counts) > T:

@@ -84,6 +84,23 @@ def test_stop_strings(trained):
     assert "".join(pieces) == done.text
 
 
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ("def f", {}, "takes a list of prompts, got one text"),
+        (["def f"], {"stop": "\n\n"}, "stop takes a list of texts"),
+        (["def f"], {"stop": [""]}, "a stop string must not be empty"),
+        (["def f"], {"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
+        (["def f"], {"slots": 0}, "slots must be a whole number"),
+        (["def f", ""], {}, "the prompt is empty"),
+    ],
+)
+def test_bad_input_in_python(prompts, options, message):
+    generator = Generator(build(dtype=torch.float32, model={"vocab_size": 320}), ByteTokenizer())
+    with pytest.raises(ValueError, match=message):
+        generator.generate(prompts, **{"max_new_tokens": 4, **options})
+
+
 def test_exported_is_the_same(trained, tmp_path, capsys):
     out = tmp_path / "exported"
     assert command(capsys, "--checkpoint", str(trained), "--export", str(out))[0] == 0
