@@ -146,11 +146,13 @@ class TritonStep:
         reason = refusal(model.config, device=cache.device, dtype=cache.dtype)
         if reason:
             raise ValueError(f"the Triton step {reason}; use impl 'torch'")
-        if multiprocessors is None:
-            on_gpu = cache.device.type == "cuda"
-            multiprocessors = torch.cuda.get_device_properties(cache.device).multi_processor_count if on_gpu else 4
+        self.shared: dict[str, int] = {}
+        if cache.device.type == "cuda":
+            found = torch.cuda.get_device_properties(cache.device)
+            multiprocessors = multiprocessors or found.multi_processor_count
+            self.shared = {"shared": found.shared_memory_per_block_optin}
         self.model, self.cache, self.tuning = model, cache, tuning or Tuning.measured(cache.rows)
-        self.multiprocessors = multiprocessors
+        self.multiprocessors = multiprocessors or 4
         self.products = self._fused_products()
         self.weights = [
             self._prepare(block, layer) for block, layer in zip(model.layers.values(), cache.layers, strict=True)
@@ -191,6 +193,7 @@ class TritonStep:
             rows=self.cache.rows,
             W=self.model.norm.weight.shape[0],
             multiprocessors=self.multiprocessors,
+            **self.shared,
         )
 
     @torch.no_grad()
@@ -251,7 +254,7 @@ class TritonStep:
 
         parts = None
         if self.tuning.fused_products:
-            parts = split_product(x_BK, weight_NK, multiprocessors=self.multiprocessors)
+            parts = split_product(x_BK, weight_NK, multiprocessors=self.multiprocessors, **self.shared)
         return x_BK @ weight_NK.T if parts is None else parts
 
     def _attention(

@@ -33,26 +33,6 @@ def map_options(feature_map: FeatureMap | str) -> dict[str, int]:
 
 
 @triton.jit
-def _phi(x, MAP: tl.constexpr):
-    """A half of phi of one vector, fp32."""
-    if MAP == SOFTMAX:
-        e = tl.exp2((x - tl.max(x, 0)) * LOG2E)
-        x = e * (1.0 / tl.sum(e, 0))
-    elif MAP == RELU:
-        x = tl.maximum(x, 0.0)
-    return x
-
-
-@triton.jit
-def store_features(p_phi, x, D: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr):
-    """phi(x) of one vector of D, HALVES * D of fp32, to p_phi on."""
-    o_d = tl.arange(0, D)
-    tl.store(p_phi + o_d, _phi(x, MAP))
-    if HALVES == 2:
-        tl.store(p_phi + D + o_d, _phi(-x, MAP))
-
-
-@triton.jit
 def _phi_rows(x, MAP: tl.constexpr):
     """A half of phi of each row, fp32."""
     if MAP == SOFTMAX:
@@ -61,6 +41,15 @@ def _phi_rows(x, MAP: tl.constexpr):
     elif MAP == RELU:
         x = tl.maximum(x, 0.0)
     return x
+
+
+@triton.jit
+def store_features(p_phi, x, mask, D: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr):
+    """phi of the rows of x (rows, D), HALVES * D of fp32 each, to p_phi (rows, 1) on; mask (rows, 1)."""
+    o_d = tl.arange(0, D)[None, :]
+    tl.store(p_phi + o_d, _phi_rows(x, MAP), mask=mask)
+    if HALVES == 2:
+        tl.store(p_phi + D + o_d, _phi_rows(-x, MAP), mask=mask)
 
 
 @triton.jit
