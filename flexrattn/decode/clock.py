@@ -83,23 +83,29 @@ def start_clock(cache: DecodeCache, active_B: Tensor) -> Clock:
 
 
 @triton.jit
-def likeliest_kernel(logits, token, V, BLOCK: tl.constexpr):
-    """The first of the largest logits of one row; a NaN counts as infinity."""
+def likeliest_kernel(logits, token, V, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """The first of the largest logits of one row; a NaN counts as infinity. TILES: loaded at once, the others later."""
     row = tl.program_id(0).to(tl.int64)
     o_v = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     first = o_v
-    for begin in range(0, V, BLOCK):
-        o_now = begin + o_v
-        x = tl.load(logits + row * V + o_now, mask=o_now < V, other=-float("inf")).to(tl.float32)
-        x = tl.where(x != x, float("inf"), x)
-        first = tl.where(x > best, o_now, first)
-        best = tl.maximum(best, x)
+    for i in tl.static_range(TILES):
+        best, first = _larger(logits + row * V, i * BLOCK + o_v, V, best, first)
+    for begin in range(TILES * BLOCK, V, BLOCK):
+        best, first = _larger(logits + row * V, begin + o_v, V, best, first)
     tl.store(token + row, tl.min(tl.where(best == tl.max(best, 0), first, V), 0).to(tl.int64))
+
+
+@triton.jit
+def _larger(p_row, o_v, V, best, first):
+    x = tl.load(p_row + o_v, mask=o_v < V, other=-float("inf")).to(tl.float32)
+    x = tl.where(x != x, float("inf"), x)
+    return tl.maximum(best, x), tl.where(x > best, o_v, first)
 
 
 def launch_likeliest(logits_BV: Tensor, token_B: Tensor) -> Launch:
     """token = argmax of the logits, which are contiguous."""
     B, V = logits_BV.shape
-    args = {"logits": logits_BV, "token": token_B, "V": V, "BLOCK": min(16384, triton.next_power_of_2(V))}
+    block = min(16384, triton.next_power_of_2(V))
+    args = {"logits": logits_BV, "token": token_B, "V": V, "BLOCK": block, "TILES": min(4, triton.cdiv(V, block))}
     return Launch(likeliest_kernel, (B,), args, {"num_warps": 16, "num_stages": 1})

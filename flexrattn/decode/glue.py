@@ -107,14 +107,11 @@ def _unrotated(p_k, table, t, mask, D: tl.constexpr):
 
 
 @triton.jit
-def _projected(qkv, inverse, b, mask, o_x, B, X, PARTS: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr):
-    """Elements of rows b of the q, k, v product, rounded as it rounds, in fp32. Its parts may have to be added up, and
-    divided by the norm."""
+def _summed(qkv, b, mask, o_x, B, X, PARTS: tl.constexpr):
+    """Elements of rows b of the q, k, v product, fp32; its parts may have to be added up."""
     y = tl.load(qkv + b * X + o_x, mask=mask, other=0.0).to(tl.float32)
-    if SCALED:
-        for i in tl.static_range(1, PARTS):
-            y += tl.load(qkv + (i * B + b) * X + o_x, mask=mask, other=0.0)
-        y = (y * inverse).to(DTYPE).to(tl.float32)
+    for i in tl.static_range(1, PARTS):
+        y += tl.load(qkv + (i * B + b) * X + o_x, mask=mask, other=0.0)
     return y
 
 
@@ -188,13 +185,29 @@ def heads_kernel(
                     x = x * _of_all_rows(k_scale + o_d, ROWS, D)
                 store_features(phi_k + ((b * G + g) * P + i) * HALVES * D, x, m_k, D, MAP, HALVES)
     else:
-        inverse = m_b.to(tl.float32)
+        # What is loaded is asked for before the first sum: sums wait, and a load behind them would wait once more.
         if squares is not None:
-            o_s = tl.arange(0, SQUARES)[None, :]
-            total = tl.sum(tl.load(squares + o_s * B + b, mask=m_b, other=0.0), 1)[:, None]
-            inverse = tl.rsqrt(total / W + norm_eps)
+            b_squares = tl.load(squares + tl.arange(0, SQUARES)[None, :] * B + b, mask=m_b, other=0.0)
+        half: tl.constexpr = D // 2
+        o_partner = (o_d + half) % D
         o_head = head * D
-        y = _projected(qkv, inverse, b, m_b, o_head + o_d, B, X, PARTS, squares is not None, DTYPE)
+        y = _summed(qkv, b, m_b, o_head + o_d, B, X, PARTS)
+        turned = head < H + G
+        partner = _summed(qkv, b, m_b & turned, o_head + o_partner, B, X, PARTS)
+        if table is not None:
+            cos = tl.load(table + t * 2 * D + o_d, mask=m_b & turned, other=0.0)
+            sin = tl.load(table + t * 2 * D + D + o_d, mask=m_b & turned, other=0.0)
+        if q_weight is not None:
+            weight = k_weight
+            if head < H:
+                weight = q_weight
+            b_weight = _of_all_rows(weight + o_d, ROWS, D)
+            b_partner_weight = _of_all_rows(weight + o_partner, ROWS, D)
+        if squares is not None:
+            inverse = tl.rsqrt(tl.sum(b_squares, 1)[:, None] / W + norm_eps)
+            # Rounded as the product rounds.
+            y = (y * inverse).to(DTYPE).to(tl.float32)
+            partner = (partner * inverse).to(DTYPE).to(tl.float32)
         if head >= H + G:
             g = head - H - G
             if v_cache is not None:
@@ -202,20 +215,12 @@ def heads_kernel(
             if v_linear is not None:
                 tl.store(v_linear + (b * G + g) * D + o_d, y.to(DTYPE), mask=m_b)
         else:
-            half: tl.constexpr = D // 2
-            o_partner = (o_d + half) % D
-            partner = _projected(qkv, inverse, b, m_b, o_head + o_partner, B, X, PARTS, squares is not None, DTYPE)
             if q_weight is not None:
-                weight = k_weight
-                if head < H:
-                    weight = q_weight
                 scale = tl.rsqrt(tl.sum(y * y, 1)[:, None] / D + eps)
-                y = (y * scale * _of_all_rows(weight + o_d, ROWS, D)).to(DTYPE).to(tl.float32)
-                partner = (partner * scale * _of_all_rows(weight + o_partner, ROWS, D)).to(DTYPE).to(tl.float32)
+                y = (y * scale * b_weight).to(DTYPE).to(tl.float32)
+                partner = (partner * scale * b_partner_weight).to(DTYPE).to(tl.float32)
             rotated = y
             if table is not None:
-                cos = tl.load(table + t * 2 * D + o_d, mask=m_b, other=0.0)
-                sin = tl.load(table + t * 2 * D + D + o_d, mask=m_b, other=0.0)
                 rotated = y * cos + tl.where(o_d < half, -partner, partner) * sin
             if head < H:
                 if q_softmax is not None:
