@@ -103,7 +103,7 @@ def core_contender(name: str, window: int, *, documents: bool, backend: str = "t
             # As the layer's own forward adds them.
             softmax_BTHD = attention._softmax_branch(q, k, v, mask, positions)
             linear_BTHD = attention._linear_branch(q, k, v, None, positions)
-            return attention._join(softmax_BTHD, linear_BTHD)
+            return attention.join(softmax_BTHD, linear_BTHD)
 
         run = compiled(core, device)
 

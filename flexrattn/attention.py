@@ -315,7 +315,7 @@ class RAttention(GQAttention):
             rla_BTHD = self._linear_branch(*for_linear, decay_BTG, positions)
         if self.branch_squares is not None and swa_BTHD is not None and rla_BTHD is not None:
             add_squares(self.branch_squares, swa_BTHD, rla_BTHD, positions, self.both_read_from)
-        return self.wo(self._join(swa_BTHD, rla_BTHD).flatten(2))
+        return self.wo(self.join(swa_BTHD, rla_BTHD).flatten(2))
 
     def _softmax_branch(self, q_BTHD, k_BTGD, v_BTGD, mask: Mask, positions) -> torch.Tensor:
         if self.rope is not None:
@@ -332,7 +332,7 @@ class RAttention(GQAttention):
         assert self.residual is not None
         return self.residual(q_BTHD, k_BTGD, v_BTGD, positions=positions, decay=decay_BTG, initial_state=initial_state)
 
-    def _join(self, swa_BTHD: torch.Tensor | None, rla_BTHD: torch.Tensor | None) -> torch.Tensor:
+    def join(self, swa_BTHD: torch.Tensor | None, rla_BTHD: torch.Tensor | None) -> torch.Tensor:
         """The branches' outputs as one, each through its norm: their sum, or all heads in the order of q's."""
         swa_norm, rla_norm = self.swa_norm, self.rla_norm
         if rla_BTHD is None:

@@ -206,16 +206,14 @@ def _attention(
     q_NTHD, k_NTGD, v_NTGD = attention.qkv_linear(x_NTD)
     if attention.q_norm is not None and attention.k_norm is not None:
         q_NTHD, k_NTGD = attention.q_norm(q_NTHD), attention.k_norm(k_NTGD)
-    branches = []
+    swa_NTHD = rla_NTHD = None
     q_rot, k_rot = q_NTHD, k_NTGD
     if mask is not None:
         if attention.rope is not None:
             q_rot, k_rot = attention.rope(q_NTHD, k_NTGD, chunk.position_NT)
-        o_NTHD = _softmax(attention, layer, q_rot, k_rot, v_NTGD, mask, chunk)
-        branches.append(o_NTHD if attention.swa_norm is None else attention.swa_norm(o_NTHD))
+        swa_NTHD = _softmax(attention, layer, q_rot, k_rot, v_NTGD, mask, chunk)
     if spec.residual:
-        o_NTHD = _linear(attention, layer, q_NTHD, k_NTGD, v_NTGD, chunk, cache)
-        branches.append(o_NTHD if attention.rla_norm is None else attention.rla_norm(o_NTHD))
+        rla_NTHD = _linear(attention, layer, q_NTHD, k_NTGD, v_NTGD, chunk, cache)
     if spec.softmax:
         _write(layer, k_rot, v_NTGD, chunk)
         if spec.residual:
@@ -223,8 +221,7 @@ def _attention(
             outside_N = (chunk.length_N - spec.window).clamp(min=0)
             before_N = (chunk.length_N - 1 - spec.window).clamp(min=0)
             absorb(attention, layer, row_B=chunk.row_N, first_B=before_N, end_B=outside_N, most=1)
-    o_NTHD = branches[0] if len(branches) == 1 else branches[0] + branches[1]
-    return attention.wo(o_NTHD.flatten(2))
+    return attention.wo(attention.join(swa_NTHD, rla_NTHD).flatten(2))
 
 
 def _softmax(
