@@ -180,7 +180,7 @@ def heads_kernel(
             m_k = position < end
             # In most steps no key enters.
             if tl.max(tl.reshape(m_k, (ROWS,)).to(tl.int32), 0) != 0:
-                x = _unrotated(k_cache + ((b * G + g) * S + position % S) * D, table, position, m_k, D)
+                x = _unrotated(k_cache + ((b * G + g) * S + position.to(tl.int32) % S) * D, table, position, m_k, D)
                 if k_scale is not None:
                     x = x * _of_all_rows(k_scale + o_d, ROWS, D)
                 store_features(phi_k + ((b * G + g) * P + i) * HALVES * D, x, m_k, D, MAP, HALVES)
@@ -211,7 +211,7 @@ def heads_kernel(
         if head >= H + G:
             g = head - H - G
             if v_cache is not None:
-                tl.store(v_cache + ((b * G + g) * S + t % S) * D + o_d, y.to(DTYPE), mask=runs)
+                tl.store(v_cache + ((b * G + g) * S + t.to(tl.int32) % S) * D + o_d, y.to(DTYPE), mask=runs)
             if v_linear is not None:
                 tl.store(v_linear + (b * G + g) * D + o_d, y.to(DTYPE), mask=m_b)
         else:
@@ -232,7 +232,7 @@ def heads_kernel(
             else:
                 g = head - H
                 if k_cache is not None:
-                    tl.store(k_cache + ((b * G + g) * S + t % S) * D + o_d, rotated.to(DTYPE), mask=runs)
+                    tl.store(k_cache + ((b * G + g) * S + t.to(tl.int32) % S) * D + o_d, rotated.to(DTYPE), mask=runs)
                 if v_linear is not None:
                     if k_scale is not None:
                         y = (y * _of_all_rows(k_scale + o_d, ROWS, D)).to(DTYPE).to(tl.float32)

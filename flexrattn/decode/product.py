@@ -141,6 +141,39 @@ def residual_kernel(
     tl.store(next_squares + o_s * B + b, sums, mask=o_s * SQUARE < W)
 
 
+@triton.jit
+def row_product_kernel(
+    x,
+    weight,
+    h,
+    next_weight,
+    next_x,
+    next_squares,
+    K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """h += x W^T for one row, with x and squares: BLOCK_N columns, the whole sum. No tile of the tensor cores, 15 rows
+    of which would be empty, so that few columns are enough for a program and nothing has to be added up behind it."""
+    n = tl.program_id(0)
+    o_n, o_k = n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    p_w = weight + o_n.to(tl.int64)[:, None] * K + o_k[None, :]
+    # On their way while the product is computed.
+    b_h, b_next = tl.load(h + o_n), tl.load(next_weight + o_n)
+    # Sums over a warp's columns wait until the end.
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        m_k = k + o_k < K
+        b_x = tl.load(x + k + o_k, mask=m_k, other=0.0).to(tl.float32)
+        acc += tl.load(p_w + k, mask=m_k[None, :], other=0.0).to(tl.float32) * b_x[None, :]
+    dtype = x.dtype.element_ty
+    y = (b_h.to(tl.float32) + tl.sum(acc, 1).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    tl.store(h + o_n, y.to(dtype))
+    tl.store(next_x + o_n, (y * b_next.to(tl.float32)).to(dtype))
+    tl.store(next_squares + n, tl.sum(y * y, 0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """How one product is cut: columns and summands of a tile, parts of the sum."""
@@ -241,6 +274,28 @@ def launch_product(
     return Launch(product_kernel, (N // shape.block_n, shape.parts), args, options)
 
 
+# Columns and summands of a tile of `row_product_kernel`, and tiles on their way at a time.
+ROW_N, ROW_K, ROW_STAGES = 16, 256, 8
+
+
+def launch_row_product(x_BK: Tensor, weight_NK: Tensor, residual: Residual) -> Launch:
+    """`launch_product` into a residual stream of one row; its squares are of ROW_N columns each."""
+    N, K = weight_NK.shape
+    args = {
+        "x": x_BK,
+        "weight": weight_NK,
+        "h": residual.h,
+        "next_weight": residual.next_norm_W,
+        "next_x": residual.next_x,
+        "next_squares": residual.next_squares,
+        "K": K,
+        "BLOCK_N": ROW_N,
+        "BLOCK_K": ROW_K,
+        "STAGES": ROW_STAGES,
+    }
+    return Launch(row_product_kernel, (N // ROW_N,), args, {"num_warps": 4, "num_stages": 1})
+
+
 @dataclass(frozen=True, kw_only=True)
 class FusedProducts:
     """The products of a step, and what they hand on to one another.
@@ -271,7 +326,7 @@ class FusedProducts:
             N, K = len(weight) // (2 if gated else 1), weight.shape[1]
             if choose_shape(rows, N, K, multiprocessors=multiprocessors, gated=gated) is None:
                 return None
-        like, square = weights[0][0], math.gcd(W, 64)
+        like, square = weights[0][0], ROW_N if rows == 1 else math.gcd(W, 64)
         h = like.new_empty(rows, W)
         return cls(
             h=h,
@@ -315,6 +370,9 @@ class FusedProducts:
 
     def add(self, x_BK: Tensor, weight_NK: Tensor, *, next_norm: nn.RMSNorm) -> None:
         """h += x W^T, with x and squares for the norm behind it."""
+        if len(self.h) == 1:
+            launch_row_product(x_BK, weight_NK, self._residual(next_norm.weight)).run()
+            return
         shape = self._shape(weight_NK)
         if shape.parts == 1 and shape.block_n == self.square:
             self.launch(x_BK, weight_NK, shape, next_norm_W=next_norm.weight).run()
@@ -322,6 +380,9 @@ class FusedProducts:
             parts = self.h.new_empty(shape.parts, *self.h.shape, dtype=torch.float32)
             self.launch(x_BK, weight_NK, shape, out=parts).run()
             self.launch_residual(parts, next_norm.weight).run()
+
+    def _residual(self, next_norm_W: Tensor) -> Residual:
+        return Residual(h=self.h, next_norm_W=next_norm_W, next_x=self.x, next_squares=self.squares)
 
     def launch(
         self,
@@ -335,9 +396,7 @@ class FusedProducts:
         activation: str = "",
     ) -> Launch:
         """`launch_product`, behind a norm with norm_eps, into the stream with next_norm_W."""
-        residual = None
-        if next_norm_W is not None:
-            residual = Residual(h=self.h, next_norm_W=next_norm_W, next_x=self.x, next_squares=self.squares)
+        residual = None if next_norm_W is None else self._residual(next_norm_W)
         return launch_product(
             x_BK,
             weight_NK,

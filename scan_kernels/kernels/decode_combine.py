@@ -97,7 +97,7 @@ def decode_combine_kernel(
                     phi_k + (bg * P + o_p[:, None]) * F + tl.arange(0, F)[None, :], mask=o_p[:, None] < P, other=0.0
                 )
                 m_p = o_p < pending
-                p_v = v + (bg * S + (before + o_p[:, None]) % S) * D + o_d[None, :]
+                p_v = v + (bg * S + (before.to(tl.int32) + o_p[:, None]) % S) * D + o_d[None, :]
                 value = tl.load(p_v, mask=m_p[:, None], other=0.0).to(tl.float32)
                 # Behind the pending keys lie features that nobody wrote.
                 weight = tl.sum(tl.where(m_p[:, None], b_k * b_q[None, :], 0.0), 1)

@@ -45,7 +45,7 @@ def softmax_split(
     tiles_a_split = tl.cdiv(tl.cdiv(used, BLOCK_S), splits)
     begin = split * tiles_a_split * BLOCK_S
     end = tl.minimum(begin + tiles_a_split * BLOCK_S, used)
-    slot = (t % S).to(tl.int32)
+    slot = t.to(tl.int32) % S
     b_q = tl.load(q + (bg * R + o_r[:, None]) * D + o_d[None, :], mask=m_r[:, None], other=0.0)
     p_k, p_v = k + bg * S * D, v + bg * S * D
     b_max = tl.full((BLOCK_R,), -float("inf"), tl.float32)

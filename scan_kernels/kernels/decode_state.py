@@ -84,7 +84,7 @@ def pending_keys(
         o_p = first + tl.arange(0, BLOCK_P)
         m_p = (o_p < count)[:, None]
         position = before + o_p
-        p_row = (bg * S + position % S)[:, None] * D
+        p_row = (bg * S + position.to(tl.int32) % S)[:, None] * D
         x = tl.load(k + p_row + o_d[None, :], mask=m_p, other=0.0).to(tl.float32)
         value = tl.load(v + p_row + o_d[None, :], mask=m_p, other=0.0).to(tl.float32)
         if table is not None:
@@ -174,7 +174,9 @@ def state_block(
             tl.debug_barrier()
             o_p = key + tl.arange(0, BLOCK_P)
             m_p = o_p < count
-            values = tl.load(p_v + (before + o_p[:, None]) % S * DV, mask=m_p[:, None], other=0.0).to(tl.float32)
+            values = tl.load(p_v + (before.to(tl.int32) + o_p[:, None]) % S * DV, mask=m_p[:, None], other=0.0).to(
+                tl.float32
+            )
             for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
                 o_f = first + tl.arange(0, BLOCK_F)
                 b_s = tl.load(p_state + o_f[:, None] * DV)

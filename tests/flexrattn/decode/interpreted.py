@@ -113,7 +113,7 @@ def test_products_with_their_neighbours(rows, activation):
         acted = nnf.gelu(gate, approximate="tanh") if activation == "gelu" else nnf.silu(gate)
         gated = products.normed(gate_up, norms[1], activation=activation)
         assert relative_error(gated, acted * up) < 1e-6
-        products.launch(gated, w2, Shape(block_k=32), next_norm_W=norms[0].weight).run()
+        products.launch(gated, w2, Shape(block_n=products.square, block_k=32), next_norm_W=norms[0].weight).run()
         h = h + gated @ w2.T
         assert relative_error(products.h, h) < 1e-6
     assert padded[-1].isnan().all()
