@@ -150,7 +150,8 @@ class TritonStep:
         if cache.device.type == "cuda":
             found = torch.cuda.get_device_properties(cache.device)
             multiprocessors = multiprocessors or found.multi_processor_count
-            self.shared = {"shared": found.shared_memory_per_block_optin}
+            # What every GPU since Ampere has, where torch does not say.
+            self.shared = {"shared": getattr(found, "shared_memory_per_block_optin", 99 * 1024)}
         self.model, self.cache, self.tuning = model, cache, tuning or Tuning.measured(cache.rows)
         self.multiprocessors = multiprocessors or 4
         self.products = self._fused_products()
