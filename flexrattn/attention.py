@@ -335,7 +335,7 @@ class RAttention(GQAttention):
         swa_BTHD, rla_BTHD = self._branches(q_BTHD, k_BTGD, v_BTGD, mask, decay_BTG, positions)
         if self.branch_squares is not None and swa_BTHD is not None and rla_BTHD is not None:
             add_squares(self.branch_squares, swa_BTHD, rla_BTHD, positions, self.both_read_from)
-        return self.wo(self._join(swa_BTHD, rla_BTHD).flatten(2))
+        return self.wo(self.join(swa_BTHD, rla_BTHD).flatten(2))
 
     def _branches(
         self, q_BTHD, k_BTGD, v_BTGD, mask: Mask | None, decay_BTG, positions
@@ -376,7 +376,7 @@ class RAttention(GQAttention):
         rla_BTHD, passed = self.residual(*scaled, **options, with_inputs=True)
         return rla_BTHD, passed if self.q_scale is None else (q_BTHD, k_BTGD, passed[2])
 
-    def _join(self, swa_BTHD: torch.Tensor | None, rla_BTHD: torch.Tensor | None) -> torch.Tensor:
+    def join(self, swa_BTHD: torch.Tensor | None, rla_BTHD: torch.Tensor | None) -> torch.Tensor:
         """The branches' outputs as one, each through its norm: their sum, or all heads in the order of q's."""
         swa_norm, rla_norm = self.swa_norm, self.rla_norm
         if rla_BTHD is None:
