@@ -102,6 +102,7 @@ def timed(*given: Contender, rounds: int = 3, shapes: Sequence[Shape] = (SHAPE,)
         ("train_step --flavor 4b", "got '4b'"),
         ("train_step --heads 16 4", "unrecognized arguments: --heads"),
         ("swa --window 512x", "invalid"),
+        ("rattention --only cuDNN core", "--only must be among cuDNN full, FA2 full, Flex full, rattention core, "),
         ("rla --save-every 4 -1", "--save-every must be 0 (none) or more (chunks), got -1"),
     ],
 )
@@ -120,6 +121,24 @@ def test_no_gpu_is_one_line(command, capsys, monkeypatch):
     told = capsys.readouterr()
     assert told.err.count("\n") == 1
     assert "CUDA" in told.err
+
+
+@pytest.mark.parametrize(
+    ("only", "taken"),
+    [
+        ("cuDNN", ["cuDNN full"]),
+        ("rattention_core", ["rattention core"]),
+        (
+            "rattention_core_d cuDNN_full",
+            ["cuDNN full", "rattention core documents", "rattention core documents flash"],
+        ),
+    ],
+)
+def test_only_some_of_the_contenders(only, taken):
+    """In the table's order; a whole name does not stand for those that begin with it."""
+    names = [name.replace("_", " ") for name in only.split()]
+    plan = run.make_plan(run.make_parser().parse_args(["rattention", "--only", *names]))
+    assert [each.name for each in plan.contenders] == taken
 
 
 @pytest.mark.parametrize("command", ["rla", "swa", "rattention", "train_step"])
