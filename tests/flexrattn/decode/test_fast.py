@@ -117,5 +117,5 @@ def test_products_fit_into_the_gpus_shared_memory(shared):
 def test_a_cache_of_another_dtype_is_refused():
     model = build(dtype=torch.float32)
     cache = DecodeCache(model.config, rows=1, max_length=8, device="cpu", dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="needs a cache of the model's dtype torch.float32, got torch.bfloat16"):
+    with pytest.raises(ValueError, match="needs a cache of the model's dtype"):
         TritonStep(model, cache)
