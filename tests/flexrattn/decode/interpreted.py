@@ -21,6 +21,8 @@ from flexrattn.decode.layer import make_clock
 from flexrattn.decode.product import FusedProducts, Shape, choose_shape
 from flexrattn.decode.sampling import Sampling
 from flexrattn.decode.step import finish_step
+from scan_kernels.kernels.decode_attention import Parts
+from scan_kernels.kernels.decode_combine import launch_decode_combine
 from tests.closeness import relative_error
 from tests.flexrattn.decode.models import build, random_tokens
 
@@ -117,6 +119,28 @@ def test_products_with_their_neighbours(rows, activation):
         h = h + gated @ w2.T
         assert relative_error(products.h, h) < 1e-6
     assert padded[-1].isnan().all()
+
+
+@pytest.mark.parametrize("splits", [1, 64, 150])
+def test_any_number_of_splits_is_put_together(splits):
+    """More than are loaded at once, some of which saw nothing; a head that saw nothing at all gives zeros."""
+    gen = torch.Generator().manual_seed(splits)
+    B, G, R, D = 2, 2, 2, 16
+    sums = torch.randn(B, G, splits, R, D, generator=gen)
+    each_max = 20 * torch.randn(B, G, splits, R, generator=gen)
+    weights = torch.rand(B, G, splits, R, generator=gen) + 0.5
+    nothing = torch.rand(B, G, splits, R, generator=gen) < 0.3
+    nothing[0, 1, :, 1] = True
+    each_max[nothing], weights[nothing], sums[nothing] = -torch.inf, 0.0, 0.0
+    out = torch.full((B, G * R, D), torch.nan)
+    parts = Parts(softmax=(sums, each_max, weights), read=None, pending=None)
+    length, active = torch.full((B,), 9), torch.ones(B, dtype=torch.bool)
+    norms = {"softmax_weight": None, "linear_weight": None, "eps": 0.0}
+    launch_decode_combine(parts, None, length, active, out_BHD=out, **norms).run()
+    share = torch.exp2((each_max - each_max.amax(2, keepdim=True)).nan_to_num(-torch.inf).double())
+    expected = (share[..., None] * sums).sum(2) / (share * weights).sum(2)[..., None]
+    assert relative_error(out, expected.nan_to_num().flatten(1, 2)) < 1e-6
+    assert not out[0, 2 * R - 1].any()
 
 
 @pytest.mark.parametrize(("rows", "windows"), [(1, []), (5, [3]), (300, [3, 0, 9])], ids=str)

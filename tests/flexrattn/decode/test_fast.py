@@ -25,7 +25,7 @@ EVERYTHING = os.environ.get("FLEXRATTN_ALL_KERNELS") == "1"
 def test_steps_under_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", str(HERE / "interpreted.py")]
-    command += ["-k", "options or products or gate and library"]
+    command += ["-k", "options or products or splits or clock or likeliest or gate and library"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=HERE.parents[2], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -117,5 +117,5 @@ def test_products_fit_into_the_gpus_shared_memory(shared):
 def test_a_cache_of_another_dtype_is_refused():
     model = build(dtype=torch.float32)
     cache = DecodeCache(model.config, rows=1, max_length=8, device="cpu", dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="needs a cache of the model's dtype torch.float32, got torch.bfloat16"):
+    with pytest.raises(ValueError, match="needs a cache of the model's dtype"):
         TritonStep(model, cache)
