@@ -18,6 +18,10 @@ _RELU = gl.constexpr(RELU.value)
 _LOG2E = gl.constexpr(1.4426950408889634)
 
 
+# Triton 3.6 calls it thread_barrier.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
 @gluon.constexpr_function
 def tile_layout(ROWS, COLUMNS, WARPS):
     """Of a (ROWS, COLUMNS) tile as it is loaded and stored: 16 bytes a thread, rows where wgmma wants them."""
@@ -130,7 +134,9 @@ def _softmax(x, SIGN):
     top = gl.max(y, 1) * _LOG2E
     e = gl.exp2(y * _LOG2E - top[:, None])
     total = gl.sum(e, 1)
-    return e, 1.0 / total, top + gl.log2(total)
+    # gl.log2 branches for what is denormal, and a branch holds up products under way; a total is from 1 to D.
+    log = gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [total], gl.float32, is_pure=True, pack=1)
+    return e, 1.0 / total, top + log
 
 
 @gluon.jit
