@@ -182,6 +182,7 @@ class _Sizes:
         self.DV = args.get("DV", self.D)
         self.R = args.get("R", 1)
         self.start = args.get("start") is not None
+        self.carry = bool(args.get("HAS_CARRY"))
 
 
 def _rows_of_heads(args: dict[str, Any]) -> int:
@@ -206,8 +207,8 @@ def _dq(s: _Sizes) -> int:
     return 2 * s.R * (d_scores + state * (2 if s.start else 1) + keys)
 
 
-def _dkv(s: _Sizes, times_d_scores: int) -> int:
-    states = 2 * s.C * s.F * s.DV
+def _dkv(s: _Sizes, times_d_scores: int, times_state: int = 1) -> int:
+    states = 2 * s.C * s.F * s.DV * times_state
     scores, values = 2 * s.C * s.C * s.F, s.C * s.C * s.DV * (1 + times_d_scores)
     return 2 * (states + s.R * (scores + values))
 
@@ -222,7 +223,8 @@ _FLOPS: dict[str, Callable[[_Sizes], int]] = {
     "hopper_dq_kernel": _dq,
     # The portable kernel computes do v^T again for each half of the features.
     "chunk_dkv_kernel": lambda s: _dkv(s, s.F // s.D),
-    "hopper_dkv_kernel": lambda s: _dkv(s, 1),
+    # On Hopper the state from behind the segment is a product of its own.
+    "hopper_dkv_kernel": lambda s: _dkv(s, 1, 2 if s.carry else 1),
     # Additions and copies alone.
     "state_scan_kernel": lambda s: 0,
     "border_states_kernel": lambda s: 0,

@@ -28,11 +28,13 @@ from scan_kernels.kernels.hopper_common import (
     copy_rows,
     feature_map_and_logs,
     key_document,
+    pair_layout,
     product_layout,
     rename,
     shared_layout,
     tile_layout,
     to_memory,
+    words_of,
 )
 from scan_kernels.kernels.launch import Config, Launch, Sizes, Tensors, strides
 
@@ -78,6 +80,7 @@ def hopper_state_kernel(
 ):  # fmt: skip
     """x, y: keys and values (R = 1), or, BACKWARD, the group's queries and their gradients."""
     READ: gl.constexpr = _read_layout(C // 2, D, WARPS)
+    WORDS: gl.constexpr = pair_layout(READ)
     OUT: gl.constexpr = tile_layout(D, D, WARPS)
     HALVES: gl.constexpr = F // D
     SUMS: gl.constexpr = MAP == _SOFTMAX
@@ -86,7 +89,7 @@ def hopper_state_kernel(
     segment, half, bg = gl.program_id(0) // HALVES, gl.program_id(0) % HALVES, gl.program_id(1).to(gl.int64)
     segments = gl.num_programs(0) // HALVES
     b, g = bg // G, bg % G
-    SIGN = gl.where(half == 0, 1.0, -1.0)
+    signs = gl.where(half == 0, 0, -0x7FFF8000)  # phi(-x): the sign bits of a pair
     x += b * x_sb + g * R * x_sh
     y += b * y_sb + g * R * y_sh
     if logs is not None:
@@ -146,9 +149,10 @@ def hopper_state_kernel(
         upper = gl.where(step + 1 < steps, T - shift, 0)
         async_copy.wait_group(0)
         copy_rows(s_x.index(1 - buffer), x + r_next * x_sh, x_st, n_next * C - shift, 0, upper, C, D, WARPS)
-        phi1, logs1 = feature_map_and_logs(s_x.index(buffer).slice(0, C // 2, dim=0).load(READ), SIGN, MAP, D)
+        rows = words_of(s_x.index(buffer), C, D)
+        phi1, logs1 = feature_map_and_logs(rows.slice(0, C // 2, dim=0).load(WORDS) ^ signs, 1.0, MAP, D, READ)
         phi1 = phi1.to(gl.bfloat16)
-        phi2, logs2 = feature_map_and_logs(s_x.index(buffer).slice(C // 2, C // 2, dim=0).load(READ), SIGN, MAP, D)
+        phi2, logs2 = feature_map_and_logs(rows.slice(C // 2, C // 2, dim=0).load(WORDS) ^ signs, 1.0, MAP, D, READ)
         phi2 = phi2.to(gl.bfloat16)
         state = warpgroup_mma_wait(0, deps=[product])
         # A warpgroup has waited for its own product; the other's reads the same rows.
