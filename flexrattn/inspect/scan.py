@@ -229,8 +229,8 @@ def _dq(s: _Sizes) -> int:
     return 2 * s.R * (d_scores + state * (2 if s.start else 1) + keys + scores)
 
 
-def _dkv(s: _Sizes, times_d_scores: int) -> int:
-    states = 2 * s.C * s.F * s.DV
+def _dkv(s: _Sizes, times_d_scores: int, times_state: int = 1) -> int:
+    states = 2 * s.C * s.F * s.DV * times_state
     scores, values = 2 * s.C * s.C * s.F, s.C * s.C * s.DV * (1 + times_d_scores)
     return 2 * (states + s.R * (scores + values))
 
@@ -245,7 +245,8 @@ _FLOPS: dict[str, Callable[[_Sizes], int]] = {
     "hopper_dq_kernel": _dq,
     # The portable kernel computes do v^T again for each half of the features.
     "chunk_dkv_kernel": lambda s: _dkv(s, s.F // s.D),
-    "hopper_dkv_kernel": lambda s: _dkv(s, 1),
+    # On Hopper the state from behind the segment is a product of its own.
+    "hopper_dkv_kernel": lambda s: _dkv(s, 1, 2 if s.carries else 1),
     "chunk_given_kernel": lambda s: 2 * s.C * s.F * s.DV * (2 if s.carries else 1),
     # Additions and copies alone.
     "state_scan_kernel": lambda s: 0,

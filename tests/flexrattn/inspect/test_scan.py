@@ -147,8 +147,9 @@ def test_work_of_hopper_is_that_of_its_products(feature_map):
         chunks = args["N"] * shape.B * shape.G
         halves = args["F"] // args["D"]
         if each.kernel == "hopper_dkv_kernel":
-            # Those of the state once, then a head's: in the loop over heads, and again for the last head.
-            states = 2 * halves
+            # Those of the states once, the own and from behind the segment, then a head's: in the loop over heads, and
+            # again for the last head.
+            states = 2 * halves * (2 if args["HAS_CARRY"] else 1)
             expected = sum(each_time[:states]) + R * sum(each_time[states:]) // 2
         elif each.kernel == "hopper_state_kernel":
             expected = halves * sum(each_time)
