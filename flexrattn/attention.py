@@ -142,7 +142,6 @@ class ResidualLinearBranch(Module):
     `positions` (B, T) restart at 0 with each document. Everything past v is keyword-only, as torchtitan's local_map
     wants it. What it reads is `score_mods.Residual`: with `sinks`, not the first tokens of a document.
     draws: in training the window is data, `drawn_window`, which the model sets for each step; `window` in evaluation.
-    With a decay (B, T, G) it computes in fp32, and returns the dtype of q.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -176,10 +175,6 @@ class ResidualLinearBranch(Module):
     ) -> torch.Tensor:
         if initial_state is not None:
             initial_state = initial_state.expand(q_BLNH.shape[0], *initial_state.shape)
-        dtype = q_BLNH.dtype
-        if decay is not None:
-            # For a decay's gradient to 1e-4 of every token, where bf16 tensors give it to 1 % (docs/train.md).
-            q_BLNH, k_BLNH, v_BLNH = _at_least_fp32(q_BLNH), _at_least_fp32(k_BLNH), _at_least_fp32(v_BLNH)
         window = self.window
         if self.sinks:
             # A key with v = 0 adds nothing to the state, and its v gets no gradient from here.
@@ -188,7 +183,7 @@ class ResidualLinearBranch(Module):
             assert self.drawn_window is not None, "set_step comes before a training step"
             k_BLNH, v_BLNH, decay = shifted_keys(k_BLNH, v_BLNH, decay, positions, self.drawn_window)
             window = None
-        o_BLNH = residual_linear_attention(
+        return residual_linear_attention(
             q_BLNH,
             k_BLNH,
             v_BLNH,
@@ -200,7 +195,6 @@ class ResidualLinearBranch(Module):
             impl=self.impl,
             save_every=self.save_every,
         )
-        return o_BLNH.to(dtype)
 
 
 def _positions(k_BTGD: torch.Tensor, positions_BT: torch.Tensor | None) -> torch.Tensor:

@@ -55,8 +55,7 @@ def scan_shape(attention: Any, *, batch: int, seq_len: int, dtype: torch.dtype, 
         H=attention.n_heads // halves,
         G=attention.n_kv_heads // halves,
         D=attention.head_dim,
-        # A layer with a decay gate widens what it hands to its scan.
-        dtype=torch.promote_types(dtype, torch.float32) if decays else dtype,
+        dtype=dtype,
         # Keys of a drawn window are shifted in front of the scan.
         window=None if residual.draws else residual.window,
         feature_map=residual.feature_map,
