@@ -144,7 +144,6 @@ class ResidualLinearBranch(Module):
     `positions` (B, T) restart at 0 with each document. Everything past v is keyword-only, as torchtitan's local_map
     wants it. What it reads is `score_mods.Residual`: with `sinks`, not the first tokens of a document.
     draws: in training the window is data, `drawn_window`, which the model sets for each step; `window` in evaluation.
-    With a decay (B, T, G) it computes in fp32, and returns the dtype of q.
     with_inputs: returns (o, (q, k, v)) for a softmax branch to read, whose gradients this one's kernels then add to
     their own.
     """
@@ -181,14 +180,14 @@ class ResidualLinearBranch(Module):
     ) -> torch.Tensor | tuple[torch.Tensor, QKV]:
         scan = self._scan(q_BLNH, k_BLNH, v_BLNH, positions, decay, initial_state)
         if not with_inputs:
-            return residual_linear_attention(**scan).to(q_BLNH.dtype)
+            return residual_linear_attention(**scan)
         o_BLNH, *passed = residual_linear_attention_and_inputs(**scan)
         # What was changed for this branch is not what the other one reads.
         q, k, v = (
             to_pass if scan[name] is given else given
             for name, given, to_pass in zip("qkv", (q_BLNH, k_BLNH, v_BLNH), passed, strict=True)
         )
-        return o_BLNH.to(q_BLNH.dtype), (q, k, v)
+        return o_BLNH, (q, k, v)
 
     def _scan(
         self,
@@ -202,9 +201,6 @@ class ResidualLinearBranch(Module):
         """The arguments of `residual_linear_attention`."""
         if initial_state is not None:
             initial_state = initial_state.expand(q_BLNH.shape[0], *initial_state.shape)
-        if decay is not None:
-            # For a decay's gradient to 1e-4 of every token, where bf16 tensors give it to 1 % (docs/train.md).
-            q_BLNH, k_BLNH, v_BLNH = _at_least_fp32(q_BLNH), _at_least_fp32(k_BLNH), _at_least_fp32(v_BLNH)
         window = self.window
         if self.sinks:
             # A key with v = 0 adds nothing to the state, and its v gets no gradient from here.

@@ -57,8 +57,7 @@ def scan_shape(attention: Any, *, batch: int, seq_len: int, dtype: torch.dtype, 
         H=attention.n_heads // halves,
         G=attention.n_kv_heads // halves,
         D=attention.head_dim,
-        # A layer with a decay gate widens what it hands to its scan.
-        dtype=torch.promote_types(dtype, torch.float32) if decays else dtype,
+        dtype=dtype,
         # Keys of a drawn window are shifted in front of the scan.
         window=None if residual.draws else residual.window,
         feature_map=residual.feature_map,
@@ -76,8 +75,6 @@ def _joined(attention: Any, dtype: torch.dtype) -> str:
     """Which of q, k and v both branches read as they are."""
     residual = attention.residual
     if not (attention.joins_gradients and attention.has_softmax) or attention.splits_heads:
-        return ""
-    if attention.decay_gate is not None and torch.promote_types(dtype, torch.float32) != dtype:
         return ""
     if attention.head_dim > value_columns(dtype, attention.head_dim):
         return ""

@@ -98,11 +98,11 @@ def shape_of(**layers) -> ScanShape:
 
 
 def test_a_layer_is_asked_for_what_it_hands_to_its_scan():
-    """Half of the heads, a scan in fp32, a window that is data: each as the layer itself does it."""
+    """Half of the heads, a decay, a window that is data: each as the layer itself does it."""
     assert (shape_of(window=9).H, shape_of(window=9).G, shape_of(window=9).window) == (4, 2, 9)
     assert (shape_of(layer_kind="hymba", window=9).H, shape_of(layer_kind="hymba", window=9).G) == (2, 1)
     decays = shape_of(window=9, decay_gate=True)
-    assert (decays.dtype, decays.sum_dtype, decays.decays) == (torch.float32, torch.bfloat16, True)
+    assert (decays.dtype, decays.sum_dtype, decays.decays) == (torch.bfloat16, torch.bfloat16, True)
     assert shape_of(window=9, local_mask={"stochastic_window": {"low": 2, "high": 4}}).window is None
 
 
