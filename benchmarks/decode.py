@@ -45,8 +45,8 @@ POINTS = ((1, 1024), (1, 8192), (16, 32768), (64, 8192), (256, 1024), (1, 131072
 LARGEST_AT = (32768,)
 # Steps of one sample: a multiple of every fold_every that is used, as a step that folds takes longer.
 STEPS = 16
-# Few rows and many are launched in different ways.
-GATE_LAYERS, GATE_ROWS, GATE_SLOTS = 4, (3, 40, 70), 700
+# One row, few and many are launched in different ways.
+GATE_LAYERS, GATE_ROWS, GATE_SLOTS = 4, (1, 16, 39, 70), 700
 # Four blocks, each of which rounds a dozen times: as train_step's gate, times the square root of the blocks.
 TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 4e-2, torch.float32: 4e-5}
 GIB = 2**30

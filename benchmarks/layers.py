@@ -101,7 +101,7 @@ def core_contender(name: str, window: int, *, documents: bool, backend: str = "t
 
         def core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, positions: Tensor | None) -> Tensor:
             # As the layer's own forward adds them.
-            return attention._join(*attention._branches(q, k, v, mask, None, positions))
+            return attention.join(*attention._branches(q, k, v, mask, None, positions))
 
         run = compiled(core, device)
 

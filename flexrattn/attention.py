@@ -144,7 +144,6 @@ class ResidualLinearBranch(Module):
     `positions` (B, T) restart at 0 with each document. Everything past v is keyword-only, as torchtitan's local_map
     wants it. What it reads is `score_mods.Residual`: with `sinks`, not the first tokens of a document.
     draws: in training the window is data, `drawn_window`, which the model sets for each step; `window` in evaluation.
-    With a decay (B, T, G) it computes in fp32, and returns the dtype of q.
     with_inputs: returns (o, (q, k, v)) for a softmax branch to read, whose gradients this one's kernels then add to
     their own.
     """
@@ -181,14 +180,14 @@ class ResidualLinearBranch(Module):
     ) -> torch.Tensor | tuple[torch.Tensor, QKV]:
         scan = self._scan(q_BLNH, k_BLNH, v_BLNH, positions, decay, initial_state)
         if not with_inputs:
-            return residual_linear_attention(**scan).to(q_BLNH.dtype)
+            return residual_linear_attention(**scan)
         o_BLNH, *passed = residual_linear_attention_and_inputs(**scan)
         # What was changed for this branch is not what the other one reads.
         q, k, v = (
             to_pass if scan[name] is given else given
             for name, given, to_pass in zip("qkv", (q_BLNH, k_BLNH, v_BLNH), passed, strict=True)
         )
-        return o_BLNH.to(q_BLNH.dtype), (q, k, v)
+        return o_BLNH, (q, k, v)
 
     def _scan(
         self,
@@ -202,10 +201,6 @@ class ResidualLinearBranch(Module):
         """The arguments of `residual_linear_attention`."""
         if initial_state is not None:
             initial_state = initial_state.expand(q_BLNH.shape[0], *initial_state.shape)
-        if decay is not None:
-            # The fused backward takes a decay's gradient as a difference of long sums. Of bf16 tensors it was 0.4-7 %
-            # off, and its sum over 1024 to 4096 tokens, all that A_log and dt_bias get, 5-110 % (docs/train.md).
-            q_BLNH, k_BLNH, v_BLNH = _at_least_fp32(q_BLNH), _at_least_fp32(k_BLNH), _at_least_fp32(v_BLNH)
         window = self.window
         if self.sinks:
             # A key with v = 0 adds nothing to the state, and its v gets no gradient from here.
@@ -336,7 +331,7 @@ class RAttention(GQAttention):
         swa_BTHD, rla_BTHD = self._branches(q_BTHD, k_BTGD, v_BTGD, mask, decay_BTG, positions)
         if self.branch_squares is not None and swa_BTHD is not None and rla_BTHD is not None:
             add_squares(self.branch_squares, swa_BTHD, rla_BTHD, positions, self.both_read_from)
-        return self.wo(self._join(swa_BTHD, rla_BTHD).flatten(2))
+        return self.wo(self.join(swa_BTHD, rla_BTHD).flatten(2))
 
     def _branches(
         self, q_BTHD, k_BTGD, v_BTGD, mask: Mask | None, decay_BTG, positions
@@ -377,7 +372,7 @@ class RAttention(GQAttention):
         rla_BTHD, passed = self.residual(*scaled, **options, with_inputs=True)
         return rla_BTHD, passed if self.q_scale is None else (q_BTHD, k_BTGD, passed[2])
 
-    def _join(self, swa_BTHD: torch.Tensor | None, rla_BTHD: torch.Tensor | None) -> torch.Tensor:
+    def join(self, swa_BTHD: torch.Tensor | None, rla_BTHD: torch.Tensor | None) -> torch.Tensor:
         """The branches' outputs as one, each through its norm: their sum, or all heads in the order of q's."""
         swa_norm, rla_norm = self.swa_norm, self.rla_norm
         if rla_BTHD is None:

@@ -93,8 +93,8 @@ FLAVORS: dict[str, Flavor] = {
     ),
 }
 
-# A norm gives a branch unit RMS from the first step, ten times what embeddings and feed-forward add then. With 0.1 local
-# layers begin where those of plain windows do (docs/results/python_source_30m.md).
+# A norm gives a branch unit RMS from the first step, ten times what embeddings and feed-forward add then. With 0.1
+# local layers begin where those of plain windows do (docs/results/python_source_30m.md).
 BRANCH_SCALE = 0.1
 
 DEFAULT_PATTERN = ("local", "local", "local", "global")

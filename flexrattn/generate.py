@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from flexrattn import platform
 from flexrattn.command_line import DTYPES, Parser, check_device
 from flexrattn.decode.cache import check_decodable
 from flexrattn.decode.checkpoint import export, find_checkpoint, load_model, load_tokenizer
-from flexrattn.decode.engine import EagerStepper, Engine
+from flexrattn.decode.engine import EagerStepper, Engine, whole
 from flexrattn.decode.sampling import Sampling
 from flexrattn.decode.text import TextStream
 from flexrattn.model import RAttentionModel
@@ -98,6 +99,8 @@ class Generator:
 
         Prompt i draws with seed + i. ValueError: an empty prompt or one past the model's limit.
         """
+        if isinstance(prompts, str):
+            raise ValueError(f"generate takes a list of prompts, got one text: [{prompts[:20]!r}] would be a list")
         streams: list[TextStream] = [TextStream(self.tokenizer, stop) for _ in prompts]
         finish = ["length"] * len(prompts)
         for index, _, ended in self._run(prompts, max_new_tokens, sampling or Sampling(), streams, slots):
@@ -127,15 +130,14 @@ class Generator:
         slots: int | None,
     ) -> Iterator[tuple[int, str, str]]:
         """(prompt's index, new text, "" or how it ended) in the order of arrival."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+        whole("max_new_tokens", max_new_tokens, 1)
         if not prompts:
             return
         encoded = [self.encode(prompt) for prompt in prompts]
         longest = max(map(len, encoded))
         engine = Engine(
             self.model,
-            slots=min(slots or 64, len(prompts)),
+            slots=min(64 if slots is None else slots, len(prompts)),
             max_length=min(longest + max_new_tokens, self.limit),
             stepper=self.stepper,
         )
@@ -220,7 +222,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.export:
+    if options.export is not None:
+        if not options.export:
+            raise ValueError("--export needs a folder, got ''")
         folder = export(find_checkpoint(options.checkpoint), options.export, dtype=DTYPES.get(options.dtype))
         print(f"wrote {folder}: python -m flexrattn.generate --checkpoint {folder} --prompt ...")
         return
@@ -266,7 +270,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads has seen enough
+        _drop_output()
+        return 141
+    except OSError as error:
+        print(f"generate: error: {error}", file=sys.stderr)
+        _drop_output()
+        return 2
     return 0
+
+
+def _drop_output() -> None:
+    """What stdout does not take is not tried again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from scan_kernels.kernels import common, configs
 from scan_kernels.kernels.border_states import kept_rows, launch_border_states
 from scan_kernels.kernels.chunk_dkv import launch_chunk_dkv
 from scan_kernels.kernels.chunk_dq import launch_chunk_dq
+from scan_kernels.kernels.chunk_given import launch_chunk_given
 from scan_kernels.kernels.chunk_output import launch_chunk_output_fwd
 from scan_kernels.kernels.chunk_state import launch_chunk_state_bwd, launch_chunk_state_fwd
 from scan_kernels.kernels.configs import Plan
@@ -150,15 +151,22 @@ def _keep(sizes: Sizes, states: States, save_every: int, run) -> Kept | None:
     return Kept(save_every, *tensors)
 
 
+class DecayParts(NamedTuple):
+    """do . o by pairs of a key and a query, as the gradient of decays sums it (`_rows_grad`)."""
+
+    read: Tensor  # (B, T, H) fp32: by query, from keys of other rows and the carried state
+    paired: Tensor  # (B, G, N * C) fp32: by key, to queries of later rows of its chunk
+    given: Tensor  # (B, G, N * C) fp32: by key, to queries behind its chunk
+    across: Tensor  # (B * G, N): from before the chunk to behind it
+
+
 class Gradients(NamedTuple):
     dq: Tensor
     dk: Tensor
     dv: Tensor
-    d_read: Tensor | None  # (B, T, H) fp32: do . o, as far as it comes through decayed keys and the carried state
+    decays: DecayParts | None
     d_start: Tensor | None  # (B, T, H) fp32: do . o, as far as it comes through the start state
-    d_given: Tensor | None  # (B, G, N * C) fp32: v . dv by rows
     d_init: Tensor | None  # split
-    final: Tensor | None  # the forward's final state, split; None if it was kept
 
 
 def backward(
@@ -179,29 +187,80 @@ def backward(
             sizes, x, init, do, final_init, plan, with_init_grad=with_init_grad, kept=kept, others=others, run=run
         )
     compute = compute_dtype(x.q.dtype)
-    final = None
     if kept is None:
         first = launch_chunk_state_fwd(sizes, x, plan.state_fwd, compute)
-        # The decays of all rows are felt by the final state, too.
-        with_final = x.cum_hi is not None and final_init is not None
-        states, final = scan_states(sizes, first, init, backward=False, with_final=with_final, run=run)
+        states, _ = scan_states(sizes, first, init, backward=False, with_final=False, run=run)
         del first
         cut = sizes
     else:
         cut, states = kept_states(sizes, x, kept, plan, run)
     dq, dk, dv = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for like in (x.q, x.k, x.v))
-    d_read = d_start = d_given = None
+    d_read = d_paired = d_start = None
     if x.cum_hi is not None:
         d_read = torch.empty(sizes.B, sizes.T, sizes.H, device=x.q.device)
-        d_given = torch.empty(sizes.B, sizes.G, sizes.N * sizes.chunk, device=x.q.device)
+        d_paired = torch.empty(sizes.B, sizes.G, sizes.N * sizes.chunk, device=x.q.device)
     if x.start_log is not None:
         d_start = torch.empty(sizes.B, sizes.T, sizes.H, device=x.q.device)
-    run(launch_chunk_dq(cut, x, states, do, dq, d_read, d_start, plan.dq, compute, others.dq))
-    del states
-    last = launch_chunk_state_bwd(sizes, x, do, plan.state_bwd, compute)
-    states, d_init = scan_states(sizes, last, final_init, backward=True, with_final=with_init_grad, run=run)
-    run(launch_chunk_dkv(sizes, x, states, do, dk, dv, d_given, plan.dkv, compute, others.dk, others.dv))
-    return Gradients(dq, dk, dv, d_read, d_start, d_given, d_init, final)
+    run(launch_chunk_dq(cut, x, states, do, dq, d_read, d_paired, d_start, plan.dq, compute, others.dq))
+    if x.cum_hi is None:
+        del states
+        last = launch_chunk_state_bwd(sizes, x, do, plan.state_bwd, compute)
+    else:
+        borders = _states_at_borders(sizes, cut, states)
+        # Kept states stay for another backward.
+        overwrite = kept is None or kept.every > 1
+        last = launch_chunk_state_bwd(sizes, x, do, plan.state_bwd, compute, states, cut.segment, overwrite=overwrite)
+        del states
+    behind, d_init = scan_states(sizes, last, final_init, backward=True, with_final=with_init_grad, run=run)
+    run(launch_chunk_dkv(sizes, x, behind, do, dk, dv, plan.dkv, compute, others.dk, others.dv))
+    decays = None
+    if d_read is not None and d_paired is not None:
+        given = launch_chunk_given(sizes, x, behind, plan.dkv, compute)
+        run(given)
+        across = last.args["d_across"].sum(2)
+        if behind.carry is not None:
+            across += _across_segments(sizes, borders, behind, last.args["total_factors"], given.args["beyond"])
+        decays = DecayParts(d_read, d_paired, given.args["given"], across)
+    return Gradients(dq, dk, dv, decays, d_start, d_init)
+
+
+def _states_at_borders(sizes: Sizes, cut: Sizes, states: States) -> tuple[Tensor, Tensor]:
+    """The whole state in front of every segment of `sizes`, (B * G, segments, F, DV), and its sums, fp32.
+
+    `cut`: the sizes that `states` came with. A copy, since the backward writes over the states.
+    """
+    chunks = states.chunks[:, :: sizes.segment].to(torch.float32, copy=True)
+    sums = states.sums[:, :: sizes.segment]
+    if states.carry is None or states.carry_sums is None or states.factors is None:
+        return chunks, sums
+    border = torch.arange(0, sizes.N, sizes.segment, device=states.sums.device) // cut.segment
+    factors = states.factors[:, :: sizes.segment, None]
+    sums = sums + _scaled(factors, states.carry_sums.index_select(1, border))
+    return chunks + _scaled(factors[..., None], states.carry.index_select(1, border)), sums
+
+
+def _scaled(factor: Tensor, x: Tensor) -> Tensor:
+    """As kernels/common.py: a factor of 0 lets nothing pass, not even NaN."""
+    return torch.where(factor == 0, 0.0, factor * x)
+
+
+def _across_segments(
+    sizes: Sizes, borders: tuple[Tensor, Tensor], behind: States, total_factors: Tensor, beyond: Tensor
+) -> Tensor:
+    """(B * G, N): what passes from before each chunk to behind its segment.
+
+    From before the segment, by the states at both of its ends, and from each of its chunks so far.
+    """
+    assert behind.carry is not None
+    assert behind.carry_sums is not None
+    (states, sums), ends, end_sums = borders, behind.carry[:, 1:], behind.carry_sums[:, 1:]
+    through = (states * ends).sum((2, 3))
+    if sizes.feature_map == common.SOFTMAX.value:
+        through = through + sizes.halves / sizes.D * (sums * end_sums).sum(2)
+    fill = sizes.segments * sizes.segment - sizes.N
+    beyond = nnf.pad(beyond, (0, fill)).unflatten(1, (sizes.segments, sizes.segment))
+    across = _scaled(total_factors, through)[..., None] + (beyond.cumsum(2) - beyond)
+    return across.flatten(1)[:, : sizes.N]
 
 
 def _rows_of_16_bytes(x: Tensor) -> Tensor:
@@ -284,7 +343,7 @@ def _hopper_backward(
         chunks = first.args["states"]
         del first
     run(launch_hopper_dq(sizes, x, chunks, do, logs, dq, plan.dq, others.dq))
-    return Gradients(dq, dk, dv, None, None, None, d_init, None)
+    return Gradients(dq, dk, dv, None, None, d_init)
 
 
 def plan_of(inputs: Inputs, capability: int = 90) -> Plan:
@@ -426,7 +485,6 @@ def solve_bwd(
     do: Tensor,
     d_final: Tensor | None,
     inputs: Inputs,
-    final: Tensor | None,
     kept_chunks: Tensor | None,
     kept_sums: Tensor | None,
     lag: int,
@@ -450,9 +508,8 @@ def solve_bwd(
         grads = backward(sizes, x, init, do, final_init, plan, with_init_grad=with_init_grad, kept=kept, others=others)
         d_rows, d_carried, d_start, d_start_log = _nothing(q, *[q.dtype] * 4)
         if rows is not None:
-            if final is None and grads.final is not None:
-                final = join_final(sizes, grads.final)
-            d_rows = _rows_grad(sizes, grads, final, d_final)
+            assert grads.decays is not None
+            d_rows = _rows_grad(sizes, grads.decays)
         if carried is not None:
             assert grads.d_init is not None
             d_carried = join_final(sizes, grads.d_init).to(carried.dtype).contiguous()
@@ -464,17 +521,21 @@ def solve_bwd(
         return grads.dq, grads.dk, grads.dv, d_rows, d_carried, d_start, d_start_log
 
 
-def _rows_grad(sizes: Sizes, grads: Gradients, final: Tensor | None, d_final: Tensor | None) -> Tensor:
-    """A decay is felt by all pairs around it: what rows from it on read, less what keys from it on gave to them."""
-    assert grads.d_read is not None
-    assert grads.d_given is not None
-    read = grads.d_read.double().unflatten(2, (sizes.G, sizes.R)).sum(3).transpose(1, 2)
-    net = read - grads.d_given[..., : sizes.T].double()
-    d_rows = net.flip(2).cumsum(2).flip(2)
-    if d_final is not None:
-        assert final is not None
-        d_rows += (final.double() * d_final.double()).sum((2, 3))[..., None]
-    return d_rows.contiguous()
+def _rows_grad(sizes: Sizes, parts: DecayParts) -> Tensor:
+    """A decay is felt by all pairs of an older key and a query from its row on, by do . o of each.
+
+    What all rows from it on read less what keys from it on gave would be the same, and the difference of sums that were
+    rounded apart. So: the pairs that pass the whole chunk; those that end or begin in it, behind or before the row; and
+    of those inside the difference, where both sums are of the same numbers.
+    """
+    chunks = (sizes.N, sizes.chunk)
+    read = parts.read.double().unflatten(2, (sizes.G, sizes.R)).sum(3).transpose(1, 2)
+    read = nnf.pad(read, (0, sizes.N * sizes.chunk - sizes.T)).unflatten(2, chunks)
+    net = read - parts.paired.double().unflatten(2, chunks)
+    given = parts.given.double().unflatten(2, chunks)
+    d_rows = parts.across.double().unflatten(0, (sizes.B, sizes.G))[..., None]
+    d_rows = d_rows + net.flip(3).cumsum(3).flip(3) + (given.cumsum(3) - given)
+    return d_rows.flatten(2)[..., : sizes.T].contiguous()
 
 
 def _start_grad(sizes: Sizes, x: Tensors, do: Tensor, X: int, feature_map: str) -> Tensor:

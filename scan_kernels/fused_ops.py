@@ -248,7 +248,6 @@ def fused_bwd(
     carried: Tensor | None,
     start: Tensor | None,
     start_log: Tensor | None,
-    final: Tensor | None,
     kept: Tensor | None,
     kept_sums: Tensor | None,
     dq_other: Tensor | None,
@@ -260,14 +259,14 @@ def fused_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, rows, carried, start, start_log; empty tensors for what is None.
 
-    final, kept, kept_sums: what `fused_fwd` returned, with save_every; None otherwise.
+    kept, kept_sums: what `fused_fwd` returned, with save_every; None otherwise.
     dq_other, dk_other, dv_other: added to dq, dk, dv before they are rounded.
     """
     from scan_kernels import fused
 
     inputs = Inputs(q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log)
     others = OtherGrads(dq_other, dk_other, dv_other)
-    return fused.solve_bwd(do, d_final, inputs, final, kept, kept_sums, lag, feature_map, save_every, others)
+    return fused.solve_bwd(do, d_final, inputs, kept, kept_sums, lag, feature_map, save_every, others)
 
 
 @fused_bwd.register_fake
@@ -283,12 +282,10 @@ def _(do, d_final, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.lag, ctx.feature_map, ctx.with_final, ctx.save_every = inputs[10:]
-    _, final, kept, kept_sums = output
+    *_, kept, kept_sums = output
     ctx.mark_non_differentiable(kept, kept_sums)
     ctx.set_materialize_grads(False)
-    tensors = Inputs(*inputs[:10])
-    saved = (final if ctx.with_final and tensors.rows is not None else None, kept, kept_sums)
-    ctx.save_for_backward(*tensors, *(saved if ctx.save_every else (None, None, None)))
+    ctx.save_for_backward(*inputs[:10], *((kept, kept_sums) if ctx.save_every else (None, None)))
 
 
 def _backward(ctx, do: Tensor | None, d_final: Tensor | None, _kept: None, _kept_sums: None):
@@ -334,7 +331,7 @@ class _WithInputs(torch.autograd.Function):
         *saved, kept, kept_sums = ctx.saved_tensors  # checkpointing gives them once
         inputs = Inputs(*saved)
         options = (ctx.lag, ctx.feature_map, ctx.save_every)
-        grads = fused_bwd(do, None, *inputs, None, kept, kept_sums, *others, *options)
+        grads = fused_bwd(do, None, *inputs, kept, kept_sums, *others, *options)
         return *_in_order(inputs, grads), None, None, None
 
 

@@ -167,6 +167,7 @@ class DecodeCache:
             )
         self.rows, self.max_length, self.fold_every = rows, max_length, fold_every
         self.device, self.dtype = torch.device(device), dtype
+        self._model = model
         self.lengths_B = torch.zeros(rows, dtype=torch.int64, device=device)
         self.absorbed: dict[int, Tensor] = {}
         self.layers: list[LayerCache] = []
@@ -192,8 +193,17 @@ class DecodeCache:
     def bytes_per_sequence(self) -> int:
         return self.nbytes // self.rows
 
+    def check_model(self, model: RAttentionModel.Config) -> None:
+        """ValueError if the cache was made for layers that keep something else."""
+        if model is self._model:
+            return
+        own, theirs = ([layer_spec(layer.attention, x).described() for layer in x.layers] for x in (self._model, model))
+        if own != theirs:
+            raise ValueError("the cache was made for another model: make one with DecodeCache(model.config, ...)")
+        self._model = model
+
     def reset(self, rows: Sequence[int] | Tensor) -> None:
-        """Empty rows: their next token begins a document."""
+        """Empty rows: their next token begins a document. ValueError for rows that the cache does not have."""
         index = self._index(rows)
         self.lengths_B[index] = 0
         for absorbed_B in self.absorbed.values():
@@ -204,10 +214,15 @@ class DecodeCache:
                 layer.state_BGFD[index] = 0
 
     def _index(self, rows: Sequence[int] | Tensor) -> Tensor:
+        if not isinstance(rows, Tensor):  # looking at a tensor would wait for the device
+            rows = list(rows)
+            if not rows or len(set(rows)) < len(rows) or min(rows) < 0 or max(rows) >= self.rows:
+                raise ValueError(f"rows must be different and from 0 to {self.rows - 1}, got {rows}")
         return torch.as_tensor(rows, dtype=torch.int64, device=self.device)
 
     def save(self, path: str | Path, rows: Sequence[int]) -> None:
-        """Write rows to a safetensors file: the keys in use, the states, the lengths."""
+        """Write rows to a safetensors file: the keys in use, the states, the lengths. ValueError where it cannot."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         index = self._index(rows)
@@ -221,7 +236,10 @@ class DecodeCache:
         metadata = {"format": FORMAT, "fold_every": str(self.fold_every), "max_length": str(self.max_length)}
         metadata["layers"] = json.dumps([layer.spec.described() for layer in self.layers])
         contiguous = {name: x.contiguous().cpu() for name, x in tensors.items()}
-        save_file(contiguous, str(path), metadata=metadata)
+        try:
+            save_file(contiguous, str(path), metadata=metadata)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"the cache cannot be written to {path}: {error}") from None
 
     def load(self, path: str | Path, rows: Sequence[int]) -> None:
         """Fill rows from a file of `save`. ValueError where it is of another model, or its sequences do not fit."""

@@ -9,6 +9,7 @@ number of tokens ends exactly.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,21 @@ class _Read:
     ready: torch.cuda.Event | None = field(default=None)
 
 
+def whole(name: str, value: int, least: int) -> int:
+    """The value. ValueError if it is no integer, or below `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
+    return value
+
+
+def _token_ids(what: str, tokens: Sequence[int] | Tensor) -> list[int]:
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError:
+        shown = f"a tensor {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
+        raise ValueError(f"{what} must be a row of token ids, got {shown[:60]}") from None
+
+
 class EagerStepper:
     """One token for all rows: `step` reads token_B and active_B, and writes the sampled tokens into token_B.
 
@@ -112,8 +128,7 @@ class Engine:
     ):
         weight = model.norm.weight
         on_gpu = weight.device.type == "cuda"
-        if prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk must be 1 or more, got {prefill_chunk}")
+        whole("slots", slots, 1)
         self.model = model
         self.cache = DecodeCache(
             model.config,
@@ -123,9 +138,9 @@ class Engine:
             dtype=weight.dtype,
             fold_every=stepper.fold_every if fold_every is None else fold_every,
         )
-        self.lag = (1 if on_gpu else 0) if lag is None else lag
-        self.prefill_chunk = prefill_chunk
-        self.prefill_rows = (1 if on_gpu else slots) if prefill_rows is None else prefill_rows
+        self.lag = (1 if on_gpu else 0) if lag is None else whole("lag", lag, 0)
+        self.prefill_chunk = whole("prefill_chunk", prefill_chunk, 1)
+        self.prefill_rows = (1 if on_gpu else slots) if prefill_rows is None else whole("prefill_rows", prefill_rows, 1)
         self._buckets = on_gpu
         device = self.cache.device
         self.token_B = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -137,14 +152,14 @@ class Engine:
         self._slots: list[_Request | None] = [None] * slots
         self._alive: dict[int, _Request] = {}
         self._reads: deque[_Read] = deque()
-        self._cancelled: list[Output] = []
+        self._outputs: list[Output] = []  # not returned yet
         self._flags: list[bool] = [False] * slots  # active_B, as the host knows it
         self.decode_steps = 0
 
     @property
     def busy(self) -> bool:
         """Whether a further `step` has something to do or to return."""
-        return bool(self._alive or self._cancelled)
+        return bool(self._alive or self._outputs)
 
     @property
     def free_slots(self) -> int:
@@ -156,15 +171,18 @@ class Engine:
 
     def add(
         self,
-        prompt: Sequence[int],
+        prompt: Sequence[int] | Tensor,
         *,
         max_new_tokens: int,
         sampling: Sampling | None = None,
         end_ids: Sequence[int] = (),
         stop: StopCondition | None = None,
     ) -> int:
-        """Queue a request; its id. ValueError: an empty or too long prompt, unknown ids, no new tokens."""
-        prompt = [int(token) for token in prompt]
+        """Queue a request; its id. ValueError: an empty or too long prompt, unknown ids, no new tokens.
+
+        A stop condition that raises ends its request as cancelled, and `step` raises what it raised.
+        """
+        prompt = _token_ids("the prompt", prompt)
         if not prompt:
             raise ValueError("the prompt is empty: give at least one token")
         if len(prompt) >= self.cache.max_length:
@@ -176,15 +194,18 @@ class Engine:
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             wrong = next(token for token in prompt if not 0 <= token < vocabulary)
             raise ValueError(f"the prompt holds token {wrong}, the model's vocabulary is 0 to {vocabulary - 1}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+        whole("max_new_tokens", max_new_tokens, 1)
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise ValueError(f"sampling must be a Sampling, got {sampling!r}")
+        if stop is not None and not callable(stop):
+            raise ValueError(f"stop must be called with each token, got {stop!r}")
         room = self.cache.max_length - len(prompt)
         request = _Request(
             id=next(self._ids),
             prompt=prompt,
             max_new_tokens=min(max_new_tokens, room),
             sampling=sampling or Sampling(),
-            end_ids=frozenset(end_ids),
+            end_ids=frozenset(_token_ids("end_ids", end_ids)),
             stop=stop,
         )
         self._queue.append(request)
@@ -199,13 +220,16 @@ class Engine:
         if request.slot < 0:
             self._queue.remove(request)
         self._end(request)
-        self._cancelled.append(Output(id=id, token=None, finish=Finish.CANCELLED))
+        self._outputs.append(Output(id=id, token=None, finish=Finish.CANCELLED))
         return True
 
     @torch.no_grad()
     def step(self) -> list[Output]:
-        """Prefill what fits, decode one token of every running request, return what has reached the host."""
-        outputs, self._cancelled = self._cancelled, []
+        """Prefill what fits, decode one token of every running request, return what has reached the host.
+
+        Where a prefill or a stop condition raises, nothing is lost: what had reached the host comes with the next step,
+        and prompts whose prefill failed wait again.
+        """
         self._admit()
         running = [r for r in self._slots if r is not None and r.dispatched < r.max_new_tokens]
         if running:
@@ -216,7 +240,8 @@ class Engine:
         # Nothing new is under way: what is left need not wait for later steps.
         behind = self.lag if running else 0
         while len(self._reads) > behind:
-            outputs += self._receive(self._reads.popleft())
+            self._receive(self._reads.popleft())
+        outputs, self._outputs = self._outputs, []
         return outputs
 
     def run(self) -> dict[int, list[int]]:
@@ -236,7 +261,20 @@ class Engine:
                     request = self._queue.popleft()
                     request.slot, self._slots[slot] = slot, request
                     joining.append(request)
-            self._prefill(joining)
+            try:
+                self._prefill(joining)
+            except BaseException:
+                self._wait_again(joining)
+                raise
+
+    def _wait_again(self, requests: list[_Request]) -> None:
+        ids = {request.id for request in requests}
+        # Those whose prompts were short may have drawn a token. They draw the same one again.
+        self._reads = deque(read for read in self._reads if not ids & {request.id for request in read.requests})
+        for request in reversed(requests):
+            self._slots[request.slot] = None
+            request.slot, request.dispatched = -1, 0
+            self._queue.appendleft(request)
 
     def _prefill(self, joining: list[_Request]) -> None:
         for request in joining:
@@ -284,25 +322,29 @@ class Engine:
         else:
             self._reads.append(_Read(requests=requests, token_B=self.token_B.clone()))
 
-    def _receive(self, read: _Read) -> list[Output]:
+    def _receive(self, read: _Read) -> None:
         if read.ready is not None:
             read.ready.synchronize()
         values = read.token_B.tolist()
-        outputs = []
+        failure: Exception | None = None
         for request in read.requests:
             if request.id not in self._alive:
                 continue  # it ended while the token was computed
             token = values[request.slot]
             request.received += 1
             finish = None
-            if token in request.end_ids or (request.stop is not None and request.stop(token)):
-                finish = Finish.STOP
-            elif request.received == request.max_new_tokens:
-                finish = Finish.LENGTH
-            outputs.append(Output(id=request.id, token=token, finish=finish))
+            try:
+                if token in request.end_ids or (request.stop is not None and request.stop(token)):
+                    finish = Finish.STOP
+                elif request.received == request.max_new_tokens:
+                    finish = Finish.LENGTH
+            except Exception as error:  # the caller's; the others' tokens are here, too
+                finish, failure = Finish.CANCELLED, failure or error
+            self._outputs.append(Output(id=request.id, token=token, finish=finish))
             if finish is not None:
                 self._end(request)
-        return outputs
+        if failure is not None:
+            raise failure
 
     def _end(self, request: _Request) -> None:
         del self._alive[request.id]

@@ -22,9 +22,8 @@ from torch import Tensor
 from flexrattn.attention import RAttention
 from flexrattn.decode.cache import DecodeCache, LayerCache, layer_spec
 from flexrattn.decode.engine import EagerStepper
-from flexrattn.decode.layer import Clock, make_clock
+from flexrattn.decode.layer import Clock
 from flexrattn.decode.sampling import Mode, SamplingRows, sample
-from flexrattn.decode.step import finish_step
 from flexrattn.model import Block, RAttentionModel
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ class Tuning:
 
 
 class TritonStep:
-    """`decode_step` by kernels. ValueError where they do not take the model (`refusal`).
+    """`decode_step` by kernels. ValueError where they do not take the model (`refusal`), or the cache is of another.
 
     multiprocessors: what the number of splits aims at; by default the GPU's.
     """
@@ -141,14 +140,20 @@ class TritonStep:
         multiprocessors: int | None = None,
         tuning: Tuning | None = None,
     ):
+        cache.check_model(model.config)
+        if cache.dtype != (dtype := model.norm.weight.dtype):
+            raise ValueError(f"the Triton step needs a cache of the model's dtype {dtype}, got {cache.dtype}")
         reason = refusal(model.config, device=cache.device, dtype=cache.dtype)
         if reason:
             raise ValueError(f"the Triton step {reason}; use impl 'torch'")
-        if multiprocessors is None:
-            on_gpu = cache.device.type == "cuda"
-            multiprocessors = torch.cuda.get_device_properties(cache.device).multi_processor_count if on_gpu else 4
+        self.shared: dict[str, int] = {}
+        if cache.device.type == "cuda":
+            found = torch.cuda.get_device_properties(cache.device)
+            multiprocessors = multiprocessors or found.multi_processor_count
+            # What every GPU since Ampere has, where torch does not say.
+            self.shared = {"shared": getattr(found, "shared_memory_per_block_optin", 99 * 1024)}
         self.model, self.cache, self.tuning = model, cache, tuning or Tuning.measured(cache.rows)
-        self.multiprocessors = multiprocessors
+        self.multiprocessors = multiprocessors or 4
         self.products = self._fused_products()
         self.weights = [
             self._prepare(block, layer) for block, layer in zip(model.layers.values(), cache.layers, strict=True)
@@ -189,18 +194,18 @@ class TritonStep:
             rows=self.cache.rows,
             W=self.model.norm.weight.shape[0],
             multiprocessors=self.multiprocessors,
+            **self.shared,
         )
 
     @torch.no_grad()
     def __call__(self, token_B: Tensor, active_B: Tensor) -> Tensor:
         """Logits (B, V) behind one more token of every active row; the cache takes the tokens in."""
-        clock = make_clock(self.cache, active_B)
+        from flexrattn.decode.clock import start_clock
+
+        clock = start_clock(self.cache, active_B)
         if self.products is None:
-            logits_BV = self._layers(token_B, clock)
-        else:
-            logits_BV = self._fused_layers(self.products, token_B, clock)
-        finish_step(self.cache, clock.absorbed_after, active_B)
-        return logits_BV
+            return self._layers(token_B, clock)
+        return self._fused_layers(self.products, token_B, clock)
 
     def _fused_layers(self, products: FusedProducts, token_B: Tensor, clock: Clock) -> Tensor:
         from flexrattn.decode.glue import launch_add_norm, row_norm_eps
@@ -250,7 +255,7 @@ class TritonStep:
 
         parts = None
         if self.tuning.fused_products:
-            parts = split_product(x_BK, weight_NK, multiprocessors=self.multiprocessors)
+            parts = split_product(x_BK, weight_NK, multiprocessors=self.multiprocessors, **self.shared)
         return x_BK @ weight_NK.T if parts is None else parts
 
     def _attention(
@@ -361,8 +366,13 @@ class TritonStepper(EagerStepper):
 
     @torch.no_grad()
     def step(self, mode: Mode) -> None:
+        from flexrattn.decode.clock import launch_likeliest
+
         logits_BV = self.run(self.token_B, self.active_B)
-        self.token_B.copy_(sample(logits_BV, self.rows, self.cache.lengths_B, mode))
+        if mode is Mode.GREEDY:
+            launch_likeliest(logits_BV, self.token_B).run()
+        else:
+            self.token_B.copy_(sample(logits_BV, self.rows, self.cache.lengths_B, mode))
 
 
 class GraphStepper(TritonStepper):

@@ -17,6 +17,9 @@ from torch import Tensor
 from scan_kernels.kernels.decode_state import map_options, store_features
 from scan_kernels.kernels.launch import Launch
 
+# Of one head in a program: fewer and larger programs start sooner.
+HEAD_ROWS = 4
+
 
 @triton.jit
 def add_norm_kernel(h, delta, weight, out, eps, B, W, PARTS: tl.constexpr, BLOCK_W: tl.constexpr):
@@ -90,31 +93,32 @@ def launch_embed(
 
 
 @triton.jit
-def _unrotated(p_k, table, t, D: tl.constexpr):
-    """A key of the ring before RoPE, fp32."""
-    o_d = tl.arange(0, D)
-    x = tl.load(p_k + o_d).to(tl.float32)
+def _unrotated(p_k, table, t, mask, D: tl.constexpr):
+    """Keys of the ring before RoPE (rows, D), fp32. p_k, t, mask: (rows, 1)."""
+    o_d = tl.arange(0, D)[None, :]
+    x = tl.load(p_k + o_d, mask=mask, other=0.0).to(tl.float32)
     if table is not None:
         half: tl.constexpr = D // 2
-        partner = tl.load(p_k + (o_d + half) % D).to(tl.float32)
-        cos = tl.load(table + t * 2 * D + o_d)
-        sin = tl.load(table + t * 2 * D + D + o_d)
+        partner = tl.load(p_k + (o_d + half) % D, mask=mask, other=0.0).to(tl.float32)
+        cos = tl.load(table + t * 2 * D + o_d, mask=mask, other=0.0)
+        sin = tl.load(table + t * 2 * D + D + o_d, mask=mask, other=0.0)
         x = x * cos + tl.where(o_d < half, partner, -partner) * sin
     return x
 
 
 @triton.jit
-def _projected(qkv, squares, b, o_x, X, eps, W, PARTS: tl.constexpr, SQUARES: tl.constexpr, DTYPE: tl.constexpr):
-    """Elements of row b of the q, k, v product, rounded as it rounds, in fp32. Its parts may have to be added up, and
-    divided by the norm."""
-    y = tl.load(qkv + b * X + o_x).to(tl.float32)
-    if squares is not None:
-        B = tl.num_programs(1)
-        for i in tl.static_range(1, PARTS):
-            y += tl.load(qkv + (i * B + b) * X + o_x)
-        o_s = tl.arange(0, SQUARES)
-        y = (y * tl.rsqrt(tl.sum(tl.load(squares + o_s * B + b), 0) / W + eps)).to(DTYPE).to(tl.float32)
+def _summed(qkv, b, mask, o_x, B, X, PARTS: tl.constexpr):
+    """Elements of rows b of the q, k, v product, fp32; its parts may have to be added up."""
+    y = tl.load(qkv + b * X + o_x, mask=mask, other=0.0).to(tl.float32)
+    for i in tl.static_range(1, PARTS):
+        y += tl.load(qkv + (i * B + b) * X + o_x, mask=mask, other=0.0)
     return y
+
+
+@triton.jit
+def _of_all_rows(p, ROWS: tl.constexpr, D: tl.constexpr):
+    """A vector at p (1, D) for each row, fp32: a warp that has a row loads its own copy, none is handed around."""
+    return tl.load(tl.broadcast_to(p, (ROWS, D))).to(tl.float32)
 
 
 @triton.jit
@@ -136,6 +140,7 @@ def heads_kernel(
     v_cache,
     phi_k,
     v_linear,
+    B,
     S,
     P,
     window,
@@ -152,67 +157,86 @@ def heads_kernel(
     MAP: tl.constexpr,
     HALVES: tl.constexpr,
     PENDING: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """One head of one row's q, k or v: its norm, its rotation, its places. Outputs that are None are not wanted.
+    """One head of ROWS rows' q, k or v: its norm, its rotation, its places. Outputs that are None are not wanted.
 
     The programs behind those: features of one key of the ring that enters the state in this step, or, with PENDING,
     that is not in the state yet.
     """
-    head, b = tl.program_id(0) + first_program, tl.program_id(1).to(tl.int64)
-    o_d, X = tl.arange(0, D), (H + 2 * G) * D
-    t = tl.load(length + b)
-    runs = tl.load(active + b) != 0
+    head = tl.program_id(0) + first_program
+    b = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    m_b = b < B
+    o_d, X = tl.arange(0, D)[None, :], (H + 2 * G) * D
+    t = tl.load(length + b, mask=m_b, other=0)
+    runs = tl.load(active + b, mask=m_b, other=0) != 0
     if head >= H + 2 * G:
         if absorbed is not None:
             g, i = (head - H - 2 * G) // P, (head - H - 2 * G) % P
-            position = tl.load(absorbed + b) + i
-            end = tl.load(absorbed_after + b)
+            position = tl.load(absorbed + b, mask=m_b, other=0) + i
+            end = tl.load(absorbed_after + b, mask=m_b, other=0)
             if PENDING:
                 end = tl.where(runs, t - window + 1, end)
-            if position < end:
-                x = _unrotated(k_cache + ((b * G + g) * S + position % S) * D, table, position, D)
+            m_k = position < end
+            # In most steps no key enters.
+            if tl.max(tl.reshape(m_k, (ROWS,)).to(tl.int32), 0) != 0:
+                x = _unrotated(k_cache + ((b * G + g) * S + position.to(tl.int32) % S) * D, table, position, m_k, D)
                 if k_scale is not None:
-                    x = x * tl.load(k_scale + o_d).to(tl.float32)
-                store_features(phi_k + ((b * G + g) * P + i) * HALVES * D, x, D, MAP, HALVES)
-    elif head >= H + G:
-        g = head - H - G
-        x = _projected(qkv, squares, b, head * D + o_d, X, norm_eps, W, PARTS, SQUARES, DTYPE).to(DTYPE)
-        if v_cache is not None and runs:
-            tl.store(v_cache + ((b * G + g) * S + t % S) * D + o_d, x)
-        if v_linear is not None:
-            tl.store(v_linear + (b * G + g) * D + o_d, x)
+                    x = x * _of_all_rows(k_scale + o_d, ROWS, D)
+                store_features(phi_k + ((b * G + g) * P + i) * HALVES * D, x, m_k, D, MAP, HALVES)
     else:
+        # What is loaded is asked for before the first sum: sums wait, and a load behind them would wait once more.
+        if squares is not None:
+            b_squares = tl.load(squares + tl.arange(0, SQUARES)[None, :] * B + b, mask=m_b, other=0.0)
         half: tl.constexpr = D // 2
         o_partner = (o_d + half) % D
-        y = _projected(qkv, squares, b, head * D + o_d, X, norm_eps, W, PARTS, SQUARES, DTYPE)
-        partner = _projected(qkv, squares, b, head * D + o_partner, X, norm_eps, W, PARTS, SQUARES, DTYPE)
+        o_head = head * D
+        y = _summed(qkv, b, m_b, o_head + o_d, B, X, PARTS)
+        turned = head < H + G
+        partner = _summed(qkv, b, m_b & turned, o_head + o_partner, B, X, PARTS)
+        if table is not None:
+            cos = tl.load(table + t * 2 * D + o_d, mask=m_b & turned, other=0.0)
+            sin = tl.load(table + t * 2 * D + D + o_d, mask=m_b & turned, other=0.0)
         if q_weight is not None:
             weight = k_weight
             if head < H:
                 weight = q_weight
-            inverse = tl.rsqrt(tl.sum(y * y, 0) / D + eps)
-            y = (y * inverse * tl.load(weight + o_d).to(tl.float32)).to(DTYPE).to(tl.float32)
-            partner = (partner * inverse * tl.load(weight + o_partner).to(tl.float32)).to(DTYPE).to(tl.float32)
-        rotated = y
-        if table is not None:
-            cos = tl.load(table + t * 2 * D + o_d)
-            sin = tl.load(table + t * 2 * D + D + o_d)
-            rotated = y * cos + tl.where(o_d < half, -partner, partner) * sin
-        if head < H:
-            if q_softmax is not None:
-                tl.store(q_softmax + (b * H + head) * D + o_d, rotated.to(DTYPE))
-            if phi_q is not None:
-                if q_scale is not None:
-                    y = (y * tl.load(q_scale + o_d).to(tl.float32)).to(DTYPE).to(tl.float32)
-                store_features(phi_q + (b * H + head) * HALVES * D, y, D, MAP, HALVES)
-        else:
-            g = head - H
-            if k_cache is not None and runs:
-                tl.store(k_cache + ((b * G + g) * S + t % S) * D + o_d, rotated.to(DTYPE))
+            b_weight = _of_all_rows(weight + o_d, ROWS, D)
+            b_partner_weight = _of_all_rows(weight + o_partner, ROWS, D)
+        if squares is not None:
+            inverse = tl.rsqrt(tl.sum(b_squares, 1)[:, None] / W + norm_eps)
+            # Rounded as the product rounds.
+            y = (y * inverse).to(DTYPE).to(tl.float32)
+            partner = (partner * inverse).to(DTYPE).to(tl.float32)
+        if head >= H + G:
+            g = head - H - G
+            if v_cache is not None:
+                tl.store(v_cache + ((b * G + g) * S + t.to(tl.int32) % S) * D + o_d, y.to(DTYPE), mask=runs)
             if v_linear is not None:
-                if k_scale is not None:
-                    y = (y * tl.load(k_scale + o_d).to(tl.float32)).to(DTYPE).to(tl.float32)
-                store_features(phi_k + (b * G + g) * HALVES * D, y, D, MAP, HALVES)
+                tl.store(v_linear + (b * G + g) * D + o_d, y.to(DTYPE), mask=m_b)
+        else:
+            if q_weight is not None:
+                scale = tl.rsqrt(tl.sum(y * y, 1)[:, None] / D + eps)
+                y = (y * scale * b_weight).to(DTYPE).to(tl.float32)
+                partner = (partner * scale * b_partner_weight).to(DTYPE).to(tl.float32)
+            rotated = y
+            if table is not None:
+                rotated = y * cos + tl.where(o_d < half, -partner, partner) * sin
+            if head < H:
+                if q_softmax is not None:
+                    tl.store(q_softmax + (b * H + head) * D + o_d, rotated.to(DTYPE), mask=m_b)
+                if phi_q is not None:
+                    if q_scale is not None:
+                        y = (y * _of_all_rows(q_scale + o_d, ROWS, D)).to(DTYPE).to(tl.float32)
+                    store_features(phi_q + (b * H + head) * HALVES * D, y, m_b, D, MAP, HALVES)
+            else:
+                g = head - H
+                if k_cache is not None:
+                    tl.store(k_cache + ((b * G + g) * S + t.to(tl.int32) % S) * D + o_d, rotated.to(DTYPE), mask=runs)
+                if v_linear is not None:
+                    if k_scale is not None:
+                        y = (y * _of_all_rows(k_scale + o_d, ROWS, D)).to(DTYPE).to(tl.float32)
+                    store_features(phi_k + (b * G + g) * HALVES * D, y, m_b, D, MAP, HALVES)
 
 
 @triton.jit
@@ -315,6 +339,7 @@ def launch_heads(
         phi_k=qkv_x.new_empty(B, G, P, F, dtype=torch.float32) if linear else None,
         v_linear=qkv_x.new_empty(B, G, D, dtype=dtype) if alone else None,
     )
+    rows = min(HEAD_ROWS, triton.next_power_of_2(B))
     q_weight, k_weight, eps = norms or (None, None, 0.0)
     q_scale, k_scale = scales or (None, None)
     args = {
@@ -335,6 +360,7 @@ def launch_heads(
         "v_cache": v_cache,
         "phi_k": heads.phi_k,
         "v_linear": heads.v_linear,
+        "B": B,
         "S": S,
         "P": P,
         "window": behind,
@@ -349,16 +375,21 @@ def launch_heads(
         "G": G,
         "D": D,
         "PENDING": pending,
+        "ROWS": rows,
         **maps,
     }
-    options = {"num_warps": 1, "num_stages": 1}
-    own, of_ring = H + 2 * G, 0 if absorbed_B is None else G * P
+    # A row is a warp.
+    options = {"num_warps": rows, "num_stages": 1}
+    own, of_ring, blocks = H + 2 * G, 0 if absorbed_B is None else G * P, triton.cdiv(B, rows)
     if of_ring and behind == 0:
         # The token's own key is one of them: the second launch reads what the first writes.
         later = args | {"first_program": own}
-        launches = [Launch(heads_kernel, (own, B), args, options), Launch(heads_kernel, (of_ring, B), later, options)]
+        launches = [
+            Launch(heads_kernel, (own, blocks), args, options),
+            Launch(heads_kernel, (of_ring, blocks), later, options),
+        ]
     else:
-        launches = [Launch(heads_kernel, (own + of_ring, B), args, options)]
+        launches = [Launch(heads_kernel, (own + of_ring, blocks), args, options)]
     return launches, heads
 
 

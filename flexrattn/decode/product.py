@@ -27,6 +27,7 @@ from flexrattn.decode.glue import Unscaled, launch_embed, row_norm_eps
 from scan_kernels.kernels.launch import Launch, precision
 
 MOST_ROWS = 64
+SHARED = 227 * 1024  # bytes that a program may have on an H100
 SILU, GELU = tl.constexpr(1), tl.constexpr(2)
 
 
@@ -140,6 +141,39 @@ def residual_kernel(
     tl.store(next_squares + o_s * B + b, sums, mask=o_s * SQUARE < W)
 
 
+@triton.jit
+def row_product_kernel(
+    x,
+    weight,
+    h,
+    next_weight,
+    next_x,
+    next_squares,
+    K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """h += x W^T for one row, with x and squares: BLOCK_N columns, the whole sum. No tile of the tensor cores, 15 rows
+    of which would be empty, so that few columns are enough for a program and nothing has to be added up behind it."""
+    n = tl.program_id(0)
+    o_n, o_k = n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    p_w = weight + o_n.to(tl.int64)[:, None] * K + o_k[None, :]
+    # On their way while the product is computed.
+    b_h, b_next = tl.load(h + o_n), tl.load(next_weight + o_n)
+    # Sums over a warp's columns wait until the end.
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        m_k = k + o_k < K
+        b_x = tl.load(x + k + o_k, mask=m_k, other=0.0).to(tl.float32)
+        acc += tl.load(p_w + k, mask=m_k[None, :], other=0.0).to(tl.float32) * b_x[None, :]
+    dtype = x.dtype.element_ty
+    y = (b_h.to(tl.float32) + tl.sum(acc, 1).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    tl.store(h + o_n, y.to(dtype))
+    tl.store(next_x + o_n, (y * b_next.to(tl.float32)).to(dtype))
+    tl.store(next_squares + n, tl.sum(y * y, 0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """How one product is cut: columns and summands of a tile, parts of the sum."""
@@ -152,21 +186,35 @@ class Shape:
 
 
 def choose_shape(
-    rows: int, N: int, K: int, *, multiprocessors: int, gated: bool = False, whole: bool = False
+    rows: int,
+    N: int,
+    K: int,
+    *,
+    multiprocessors: int,
+    shared: int = SHARED,
+    gated: bool = False,
+    whole: bool = False,
 ) -> Shape | None:
-    """For so many rows and a weight (N, K), or (2N, K) where `gated`; None: leave it to cuBLAS. whole: in one part."""
-    block_n, block_k = math.gcd(N, 32 if gated and rows <= 16 else 64), math.gcd(K, 64)
+    """For so many rows and a weight (N, K), or (2N, K) where `gated`; None: leave it to cuBLAS. whole: in one part.
+
+    shared: bytes of shared memory that a program may have.
+    """
+    few = rows <= 16
+    block_n, block_k = math.gcd(N, 64), math.gcd(K, 128 if few and not gated else 64)
     if rows > MOST_ROWS or min(block_n, block_k) < 16:
         return None
     parts = 1 if gated or whole else max(1, multiprocessors // (N // block_n))
     while K % (parts * block_k):
         parts -= 1
-    return Shape(block_n=block_n, block_k=block_k, parts=parts, num_stages=5 if gated else 7)
+    # Measured on an H200 with the 3b model.
+    stages = 7 if gated else 4 if whole else 6 if few else 7
+    stage = 2 * block_k * (block_n * (2 if gated else 1) + max(16, triton.next_power_of_2(rows)))
+    return Shape(block_n=block_n, block_k=block_k, parts=parts, num_stages=max(2, min(stages, shared // stage)))
 
 
-def split_product(x_BK: Tensor, weight_NK: Tensor, *, multiprocessors: int) -> Tensor | None:
+def split_product(x_BK: Tensor, weight_NK: Tensor, *, multiprocessors: int, shared: int = SHARED) -> Tensor | None:
     """x W^T in parts (parts, B, N), fp32, for `launch_add_norm`; None where cuBLAS is as good."""
-    shape = choose_shape(len(x_BK), *weight_NK.shape, multiprocessors=multiprocessors)
+    shape = choose_shape(len(x_BK), *weight_NK.shape, multiprocessors=multiprocessors, shared=shared)
     if x_BK.dtype == torch.float32 or shape is None or shape.parts == 1:
         return None
     parts = x_BK.new_empty(shape.parts, len(x_BK), len(weight_NK), dtype=torch.float32)
@@ -226,6 +274,28 @@ def launch_product(
     return Launch(product_kernel, (N // shape.block_n, shape.parts), args, options)
 
 
+# Columns and summands of a tile of `row_product_kernel`, and tiles on their way at a time.
+ROW_N, ROW_K, ROW_STAGES = 16, 256, 8
+
+
+def launch_row_product(x_BK: Tensor, weight_NK: Tensor, residual: Residual) -> Launch:
+    """`launch_product` into a residual stream of one row; its squares are of ROW_N columns each."""
+    N, K = weight_NK.shape
+    args = {
+        "x": x_BK,
+        "weight": weight_NK,
+        "h": residual.h,
+        "next_weight": residual.next_norm_W,
+        "next_x": residual.next_x,
+        "next_squares": residual.next_squares,
+        "K": K,
+        "BLOCK_N": ROW_N,
+        "BLOCK_K": ROW_K,
+        "STAGES": ROW_STAGES,
+    }
+    return Launch(row_product_kernel, (N // ROW_N,), args, {"num_warps": 4, "num_stages": 1})
+
+
 @dataclass(frozen=True, kw_only=True)
 class FusedProducts:
     """The products of a step, and what they hand on to one another.
@@ -239,17 +309,24 @@ class FusedProducts:
     squares: Tensor
     square: int
     multiprocessors: int
+    shared: int = SHARED
 
     @classmethod
     def build(
-        cls, weights: Sequence[tuple[Tensor, bool]], *, rows: int, W: int, multiprocessors: int
+        cls,
+        weights: Sequence[tuple[Tensor, bool]],
+        *,
+        rows: int,
+        W: int,
+        multiprocessors: int,
+        shared: int = SHARED,
     ) -> FusedProducts | None:
         """For these weights, each with whether its rows are [gate, up]; None if one has to be left to cuBLAS."""
         for weight, gated in weights:
             N, K = len(weight) // (2 if gated else 1), weight.shape[1]
             if choose_shape(rows, N, K, multiprocessors=multiprocessors, gated=gated) is None:
                 return None
-        like, square = weights[0][0], math.gcd(W, 64)
+        like, square = weights[0][0], ROW_N if rows == 1 else math.gcd(W, 64)
         h = like.new_empty(rows, W)
         return cls(
             h=h,
@@ -257,11 +334,14 @@ class FusedProducts:
             squares=like.new_zeros(triton.next_power_of_2(W // square), rows, dtype=torch.float32),
             square=square,
             multiprocessors=multiprocessors,
+            shared=shared,
         )
 
     def _shape(self, weight_NK: Tensor, *, gated: bool = False, whole: bool = False) -> Shape:
         N, K = len(weight_NK) // (2 if gated else 1), weight_NK.shape[1]
-        shape = choose_shape(len(self.h), N, K, multiprocessors=self.multiprocessors, gated=gated, whole=whole)
+        shape = choose_shape(
+            len(self.h), N, K, multiprocessors=self.multiprocessors, shared=self.shared, gated=gated, whole=whole
+        )
         assert shape is not None
         return shape
 
@@ -290,6 +370,9 @@ class FusedProducts:
 
     def add(self, x_BK: Tensor, weight_NK: Tensor, *, next_norm: nn.RMSNorm) -> None:
         """h += x W^T, with x and squares for the norm behind it."""
+        if len(self.h) == 1:
+            launch_row_product(x_BK, weight_NK, self._residual(next_norm.weight)).run()
+            return
         shape = self._shape(weight_NK)
         if shape.parts == 1 and shape.block_n == self.square:
             self.launch(x_BK, weight_NK, shape, next_norm_W=next_norm.weight).run()
@@ -297,6 +380,9 @@ class FusedProducts:
             parts = self.h.new_empty(shape.parts, *self.h.shape, dtype=torch.float32)
             self.launch(x_BK, weight_NK, shape, out=parts).run()
             self.launch_residual(parts, next_norm.weight).run()
+
+    def _residual(self, next_norm_W: Tensor) -> Residual:
+        return Residual(h=self.h, next_norm_W=next_norm_W, next_x=self.x, next_squares=self.squares)
 
     def launch(
         self,
@@ -310,9 +396,7 @@ class FusedProducts:
         activation: str = "",
     ) -> Launch:
         """`launch_product`, behind a norm with norm_eps, into the stream with next_norm_W."""
-        residual = None
-        if next_norm_W is not None:
-            residual = Residual(h=self.h, next_norm_W=next_norm_W, next_x=self.x, next_squares=self.squares)
+        residual = None if next_norm_W is None else self._residual(next_norm_W)
         return launch_product(
             x_BK,
             weight_NK,

@@ -64,8 +64,10 @@ def prefill(
 
     Equal to the full forward over the same tokens: for every split into calls of `prefill` and `decode_step`.
 
-    Raises ValueError: shapes, rows or counts that do not fit, positions that do not go on, no room in the cache.
+    Raises ValueError: shapes, rows or counts that do not fit, positions that do not go on, no room in the cache, a
+    cache of another model.
     """
+    cache.check_model(model.config)
     T = token_NT.shape[-1]
     token_NT, chunk = _check(cache, token_NT, rows, counts, positions)
     with _every_shape_compiled(cache.device):
@@ -123,7 +125,7 @@ def _check(
     if token_NT.ndim != 2 or token_NT.shape[1] < 1 or len(rows) != token_NT.shape[0]:
         raise ValueError(f"tokens must be ({len(rows)} rows, T >= 1), got {tuple(token_NT.shape)}")
     N, T = token_NT.shape
-    if len(set(rows)) != N or min(rows) < 0 or max(rows) >= cache.rows:
+    if N < 1 or len(set(rows)) != N or min(rows) < 0 or max(rows) >= cache.rows:
         raise ValueError(f"rows must be different and from 0 to {cache.rows - 1}, got {list(rows)}")
     counts = [T] * N if counts is None else list(counts)
     if len(counts) != N or min(counts) < 1 or max(counts) > T:
@@ -204,16 +206,14 @@ def _attention(
     q_NTHD, k_NTGD, v_NTGD = attention.qkv_linear(x_NTD)
     if attention.q_norm is not None and attention.k_norm is not None:
         q_NTHD, k_NTGD = attention.q_norm(q_NTHD), attention.k_norm(k_NTGD)
-    branches = []
+    swa_NTHD = rla_NTHD = None
     q_rot, k_rot = q_NTHD, k_NTGD
     if mask is not None:
         if attention.rope is not None:
             q_rot, k_rot = attention.rope(q_NTHD, k_NTGD, chunk.position_NT)
-        o_NTHD = _softmax(attention, layer, q_rot, k_rot, v_NTGD, mask, chunk)
-        branches.append(o_NTHD if attention.swa_norm is None else attention.swa_norm(o_NTHD))
+        swa_NTHD = _softmax(attention, layer, q_rot, k_rot, v_NTGD, mask, chunk)
     if spec.residual:
-        o_NTHD = _linear(attention, layer, q_NTHD, k_NTGD, v_NTGD, chunk, cache)
-        branches.append(o_NTHD if attention.rla_norm is None else attention.rla_norm(o_NTHD))
+        rla_NTHD = _linear(attention, layer, q_NTHD, k_NTGD, v_NTGD, chunk, cache)
     if spec.softmax:
         _write(layer, k_rot, v_NTGD, chunk)
         if spec.residual:
@@ -221,8 +221,7 @@ def _attention(
             outside_N = (chunk.length_N - spec.window).clamp(min=0)
             before_N = (chunk.length_N - 1 - spec.window).clamp(min=0)
             absorb(attention, layer, row_B=chunk.row_N, first_B=before_N, end_B=outside_N, most=1)
-    o_NTHD = branches[0] if len(branches) == 1 else branches[0] + branches[1]
-    return attention.wo(o_NTHD.flatten(2))
+    return attention.wo(attention.join(swa_NTHD, rla_NTHD).flatten(2))
 
 
 def _softmax(

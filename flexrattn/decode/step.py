@@ -18,6 +18,7 @@ def decode_step(model: RAttentionModel, cache: DecodeCache, token_B: Tensor, act
     what they have, and their logits mean nothing. A row must have room: lengths < cache.max_length (not looked at here,
     as that would wait for the device).
     """
+    cache.check_model(model.config)
     if active_B is None:
         active_B = torch.ones(cache.rows, dtype=torch.bool, device=cache.device)
     clock = make_clock(cache, active_B)

@@ -17,6 +17,8 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: BaseTokenizer, stop: Sequence[str] = ()):
+        if isinstance(stop, str):
+            raise ValueError(f"stop takes a list of texts, got one: [{stop!r}] would be a list")
         for text in stop:
             if not text:
                 raise ValueError("a stop string must not be empty")

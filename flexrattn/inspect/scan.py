@@ -57,8 +57,7 @@ def scan_shape(attention: Any, *, batch: int, seq_len: int, dtype: torch.dtype, 
         H=attention.n_heads // halves,
         G=attention.n_kv_heads // halves,
         D=attention.head_dim,
-        # A layer with a decay gate widens what it hands to its scan.
-        dtype=torch.promote_types(dtype, torch.float32) if decays else dtype,
+        dtype=dtype,
         # Keys of a drawn window are shifted in front of the scan.
         window=None if residual.draws else residual.window,
         feature_map=residual.feature_map,
@@ -76,8 +75,6 @@ def _joined(attention: Any, dtype: torch.dtype) -> str:
     """Which of q, k and v both branches read as they are."""
     residual = attention.residual
     if not (attention.joins_gradients and attention.has_softmax) or attention.splits_heads:
-        return ""
-    if attention.decay_gate is not None and torch.promote_types(dtype, torch.float32) != dtype:
         return ""
     if attention.head_dim > value_columns(dtype, attention.head_dim):
         return ""
@@ -202,6 +199,8 @@ class _Sizes:
         self.DV = args.get("DV", self.D)
         self.R = args.get("R", 1)
         self.start = args.get("start") is not None
+        self.decays = args.get("cum_hi") is not None
+        self.carries = args.get("carry") is not None
 
 
 def _rows_of_heads(args: dict[str, Any]) -> int:
@@ -223,11 +222,12 @@ def _output(s: _Sizes) -> int:
 
 def _dq(s: _Sizes) -> int:
     d_scores, state, keys = s.C * s.C * s.DV, s.C * s.DV * s.F, s.C * s.C * s.F
-    return 2 * s.R * (d_scores + state * (2 if s.start else 1) + keys)
+    scores = s.C * s.C * s.F if s.decays else 0
+    return 2 * s.R * (d_scores + state * (2 if s.start else 1) + keys + scores)
 
 
-def _dkv(s: _Sizes, times_d_scores: int) -> int:
-    states = 2 * s.C * s.F * s.DV
+def _dkv(s: _Sizes, times_d_scores: int, times_state: int = 1) -> int:
+    states = 2 * s.C * s.F * s.DV * times_state
     scores, values = 2 * s.C * s.C * s.F, s.C * s.C * s.DV * (1 + times_d_scores)
     return 2 * (states + s.R * (scores + values))
 
@@ -242,7 +242,9 @@ _FLOPS: dict[str, Callable[[_Sizes], int]] = {
     "hopper_dq_kernel": _dq,
     # The portable kernel computes do v^T again for each half of the features.
     "chunk_dkv_kernel": lambda s: _dkv(s, s.F // s.D),
-    "hopper_dkv_kernel": lambda s: _dkv(s, 1),
+    # On Hopper the state from behind the segment is a product of its own.
+    "hopper_dkv_kernel": lambda s: _dkv(s, 1, 2 if s.carries else 1),
+    "chunk_given_kernel": lambda s: 2 * s.C * s.F * s.DV * (2 if s.carries else 1),
     # Additions and copies alone.
     "state_scan_kernel": lambda s: 0,
     "border_states_kernel": lambda s: 0,

@@ -28,7 +28,7 @@ def _with_other(x, p_other, stride, stride_d, m_key, C: tl.constexpr, WIDTH: tl.
 
 @triton.jit
 def chunk_dkv_kernel(
-    q, k, v, do, dk, dv, dk_other, dv_other, d_given, cum_hi, cum_lo, query_doc, key_doc, carried_doc,
+    q, k, v, do, dk, dv, dk_other, dv_other, cum_hi, cum_lo, query_doc, key_doc, carried_doc,
     states, sums, factors, carry, carry_sums,
     q_sb, q_st, q_sh, q_sd, k_sb, k_st, k_sg, k_sd, v_sb, v_st, v_sg, v_sd, do_sb, do_st, do_sh, do_sd,
     dko_sb, dko_st, dko_sg, dko_sd, dvo_sb, dvo_st, dvo_sg, dvo_sd, qdoc_sb, qdoc_st, doc_sb, doc_st,
@@ -136,14 +136,9 @@ def chunk_dkv_kernel(
         d_value = tl.dot(scores.to(compute), b_do, d_value, input_precision=PRECISION)
     # Rows behind the last query hold keys that none of them reads.
     d_value = tl.where(m_j[:, None], d_value, 0.0)
-    # Not into d_value, which the gradient of the decays reads.
-    d_value_all = _with_other(d_value, dv_other, dvo_st, dvo_sd, m_key, C, DV)
-    tl.store(dv + (o_c * G * DV)[:, None] + o_v[None, :], d_value_all.to(dv.dtype.element_ty), mask=m_key[:, None])
+    d_value = _with_other(d_value, dv_other, dvo_st, dvo_sd, m_key, C, DV)
+    tl.store(dv + (o_c * G * DV)[:, None] + o_v[None, :], d_value.to(dv.dtype.element_ty), mask=m_key[:, None])
     b_v = tl.load(v + (o_c * v_st)[:, None] + o_v[None, :] * v_sd, mask=m_j[:, None], other=0.0).to(compute)
-    if HAS_DECAY:
-        # v . dv: all that the key gave, by which the decays up to it are felt.
-        given = tl.sum(b_v.to(tl.float32) * d_value, 1)
-        tl.store(d_given + bg * N * C + o_j, given)
 
     # Keys, likewise, one half of the features after the other: both sums at once would not fit into registers.
     key = tl.load(k + o_k, mask=m_j[:, None], other=0.0)
@@ -176,16 +171,12 @@ def launch_chunk_dkv(
     do: Tensor,
     dk: Tensor,
     dv: Tensor,
-    d_given: Tensor | None,
     config: Config,
     compute: torch.dtype,
     dk_other: Tensor | None = None,
     dv_other: Tensor | None = None,
 ) -> Launch:
-    """Writes dk, dv of all M keys, with `dk_other`, `dv_other` added before they are rounded.
-
-    For the gradient of decays also v . dv (of this branch alone) of every row (B, G, N * C) fp32.
-    """
+    """Writes dk, dv of all M keys, with `dk_other`, `dv_other` added before they are rounded."""
     args = query_args(sizes, x, states, config, compute)
     for name in ("start", "start_sum", "start_log", "X", "HAS_START"):
         del args[name]
@@ -197,7 +188,6 @@ def launch_chunk_dkv(
         "dv": dv,
         "dk_other": dk_other,
         "dv_other": dv_other,
-        "d_given": d_given,
         "M": sizes.M,
         **strides(x.k, "k_sb k_st k_sg k_sd"),
         **strides(x.v, "v_sb v_st v_sg v_sd"),

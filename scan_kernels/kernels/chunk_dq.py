@@ -10,19 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from scan_kernels.kernels.chunk_output import query_args
-from scan_kernels.kernels.common import SOFTMAX, feature_map, feature_map_bwd, is_bad, key_document, load_state
+from scan_kernels.kernels.common import SOFTMAX, feature_map, feature_map_bwd, is_bad, key_document, load_state, row_dot
 from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, strides
 
 
 @triton.jit
-def _row_dot(query, dphi, SIGN, MAP: tl.constexpr, D: tl.constexpr):
-    return tl.sum(feature_map(query, SIGN, MAP, D) * dphi, 1)
-
-
-@triton.jit
 def chunk_dq_kernel(
-    q, k, v, do, dq, dq_other, d_read, d_start, cum_hi, cum_lo, query_doc, key_doc, carried_doc,
-    start, start_sum, start_log, states, sums, factors, carry, carry_sums,
+    q, k, v, do, dq, dq_other, d_read, d_paired, d_start,
+    cum_hi, cum_lo, query_doc, key_doc, carried_doc, start, start_sum, start_log,
+    states, sums, factors, carry, carry_sums,
     q_sb, q_st, q_sh, q_sd, k_sb, k_st, k_sg, k_sd, v_sb, v_st, v_sg, v_sd, do_sb, do_st, do_sh, do_sd,
     dqo_sb, dqo_st, dqo_sh, dqo_sd, qdoc_sb, qdoc_st, doc_sb, doc_st,
     T, lag, N, G, X, SEGMENT,
@@ -78,6 +74,7 @@ def chunk_dq_kernel(
         between = tl.minimum((i_hi[:, None] - j_hi[None, :]) + (i_lo[:, None] - j_lo[None, :]), 0.0)
         weight = tl.exp(between)
         upto = tl.exp(i_hi + i_lo)
+        paired = tl.zeros((C,), tl.float32)
     if HAS_DOCS:
         carried = tl.load(carried_doc + b)
         doc_i = tl.load(query_doc + b * qdoc_sb + tl.minimum(o_i, T - 1).to(tl.int64) * qdoc_st)
@@ -101,6 +98,18 @@ def chunk_dq_kernel(
             d_scores *= weight
         d_scores = tl.where(pairs, d_scores, 0.0)
         b_ds = d_scores.to(compute)
+        if HAS_DECAY:
+            # do_i . o_i by pairs of the chunk, summed for their queries and for their keys. One product for both: where
+            # the two sums cancel, their rounding does, too. A query and the key of its own row feel no decay between.
+            scores = tl.dot(feature_map(query, 1.0, MAP, D).to(compute), tl.trans(b_k1), input_precision=PRECISION)
+            if PAIRED:
+                b_q2 = feature_map(query, -1.0, MAP, D).to(compute)
+                scores = tl.dot(b_q2, tl.trans(b_k2), scores, input_precision=PRECISION)
+            if MAP == SOFTMAX:
+                scores += MEAN
+            scores = tl.where(pairs & ((o_r % C)[:, None] > o_c[None, :]), scores * d_scores, 0.0)
+            read = tl.sum(scores, 1)
+            paired += tl.sum(scores, 0)
         if HAS_START:
             x = b * X + (g * R + r) // (G * R // X)
             p_start = start + x * F * DV + o_tile
@@ -113,13 +122,13 @@ def chunk_dq_kernel(
             dphi *= upto[:, None]
         if HAS_DOCS:
             dphi = tl.where(reads[:, None], dphi, 0.0)
-        dphi = tl.fma(dphi, 1.0, tl.dot(b_ds, b_k1, input_precision=PRECISION))
         if HAS_DECAY:
-            read = _row_dot(query, dphi, 1.0, MAP, D)
+            read += row_dot(query, dphi, 1.0, MAP, D)
+        dphi = tl.fma(dphi, 1.0, tl.dot(b_ds, b_k1, input_precision=PRECISION))
         if HAS_START:
             d_begun = begun[:, None] * tl.dot(b_do, tl.trans(tl.load(p_start)), input_precision=PRECISION)
             if start_log is not None:
-                read_start = _row_dot(query, d_begun, 1.0, MAP, D)
+                read_start = row_dot(query, d_begun, 1.0, MAP, D)
             dphi += d_begun
         d_query = feature_map_bwd(query, dphi, 1.0, MAP, D).to(compute)
         if PAIRED:
@@ -128,14 +137,14 @@ def chunk_dq_kernel(
                 dphi2 *= upto[:, None]
             if HAS_DOCS:
                 dphi2 = tl.where(reads[:, None], dphi2, 0.0)
-            dphi2 = tl.fma(dphi2, 1.0, tl.dot(b_ds, b_k2, input_precision=PRECISION))
             if HAS_DECAY:
-                read += _row_dot(query, dphi2, -1.0, MAP, D)
+                read += row_dot(query, dphi2, -1.0, MAP, D)
+            dphi2 = tl.fma(dphi2, 1.0, tl.dot(b_ds, b_k2, input_precision=PRECISION))
             if HAS_START:
                 d_begun = tl.trans(tl.load(p_start + D * DV))
                 d_begun = begun[:, None] * tl.dot(b_do, d_begun, input_precision=PRECISION)
                 if start_log is not None:
-                    read_start += _row_dot(query, d_begun, -1.0, MAP, D)
+                    read_start += row_dot(query, d_begun, -1.0, MAP, D)
                 dphi2 += d_begun
             d_query = d_query.to(tl.float32) + feature_map_bwd(query, dphi2, -1.0, MAP, D)
         if any_bad != 0:
@@ -154,11 +163,15 @@ def chunk_dq_kernel(
                 constant = tl.sum(b_do.to(tl.float32) * older[None, :], 1) * upto
                 if HAS_DOCS:
                     constant = tl.where(reads, constant, 0.0)
-                read += constant + MEAN * tl.sum(d_scores, 1)
+                read += constant
+            if any_bad != 0:
+                read = tl.where(reads_bad, float("nan"), read)
             tl.store(d_read + row + r + o_row, read, mask=m_i)
         if HAS_START and start_log is not None:
             read_start += begun * tl.sum(b_do.to(tl.float32) * tl.load(start_sum + x * DV + o_v)[None, :], 1)
             tl.store(d_start + row + r + o_row, read_start, mask=m_i)
+    if HAS_DECAY:
+        tl.store(d_paired + bg * N * C + o_j, paired)
 
 
 def launch_chunk_dq(
@@ -168,14 +181,16 @@ def launch_chunk_dq(
     do: Tensor,
     dq: Tensor,
     d_read: Tensor | None,
+    d_paired: Tensor | None,
     d_start: Tensor | None,
     config: Config,
     compute: torch.dtype,
     other: Tensor | None = None,
 ) -> Launch:
-    """Writes dq, with `other` added before it is rounded.
+    """Writes dq, with `other` added before it is rounded, and, for the gradient of decays, in fp32:
 
-    For the gradient of decays also do . o of every query (B, T, H) fp32: by keys, by the start state.
+    d_read (B, T, H): do . o of every query, but for the key of its own row and the start state; d_paired (B, G, N * C):
+    the part of it that each key gave to queries of its chunk; d_start (B, T, H): do . o by the start state.
     """
     args = {
         "k": x.k,
@@ -184,6 +199,7 @@ def launch_chunk_dq(
         "dq": dq,
         "dq_other": other,
         "d_read": d_read,
+        "d_paired": d_paired,
         "d_start": d_start,
         **query_args(sizes, x, states, config, compute),
         **strides(x.k, "k_sb k_st k_sg k_sd"),

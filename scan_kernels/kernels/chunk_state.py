@@ -5,6 +5,9 @@
 
 Both start at zero in each segment and leave the segment's total to the scan (stage 2). With softmax features the states
 are sums of phi - 1/D, and beside them runs the plain sum of the values, from which the missing part follows exactly.
+
+With decays the backward also multiplies S_n with the E_n that it gathered: what passes from the keys before a chunk to
+the queries behind it, inside the segment. E_n may take the place of S_n, which nobody reads after that.
 """
 
 import torch
@@ -12,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scan_kernels.kernels.common import SOFTMAX, feature_map, key_document, scaled
-from scan_kernels.kernels.launch import Config, Launch, Sizes, Tensors, precision, strides
+from scan_kernels.kernels.common import SOFTMAX, feature_map, key_document, load_state, scaled
+from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, precision, strides
 
 
 @triton.jit
@@ -110,8 +113,9 @@ def chunk_state_fwd_kernel(
 def chunk_state_bwd_kernel(
     q, do, cum_hi, cum_lo, query_doc, key_doc, carried_doc,
     states, value_sums, factors, totals, total_factors,
+    fwd_chunks, fwd_sums, fwd_factors, fwd_carry, fwd_carry_sums, d_across,
     q_sb, q_st, q_sh, q_sd, do_sb, do_st, do_sh, do_sd, qdoc_sb, qdoc_st, doc_sb, doc_st,
-    T, lag, N, G,
+    T, lag, N, G, FWD_SEGMENT,
     R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, C: tl.constexpr, SEGMENT,
     BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_DOCS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -132,6 +136,7 @@ def chunk_state_bwd_kernel(
         key_doc += b * doc_sb
         carried = tl.load(carried_doc + b)
 
+    HAS_FWD_CARRY: tl.constexpr = fwd_carry is not None
     state = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
     value_sum = tl.zeros((BLOCK_V,), tl.float32)
     share = 1.0
@@ -141,8 +146,31 @@ def chunk_state_bwd_kernel(
     for step in range(0, (last - first + 1) * R):
         n, r = last - step // R, step % R
         if r == 0:
-            p_state = states + ((bg * N + n) * F + o_f[:, None]) * DV + o_v[None, :]
-            tl.store(p_state, state.to(compute))
+            o_tile = o_f[:, None] * DV + o_v[None, :]
+            if HAS_DECAY:
+                p_fwd, p_fwd_sums = fwd_chunks + (bg * N + n) * F * DV + o_tile, fwd_sums + (bg * N + n) * DV + o_v
+                p_carry, p_carry_sums, fwd_factor = p_fwd, p_fwd_sums, 1.0
+                if HAS_FWD_CARRY:
+                    border = bg * ((N + FWD_SEGMENT - 1) // FWD_SEGMENT + 1) + n // FWD_SEGMENT
+                    p_carry = fwd_carry + border * F * DV + o_tile
+                    p_carry_sums = fwd_carry_sums + border * DV + o_v
+                    fwd_factor = tl.load(fwd_factors + bg * N + n)
+                b_fwd = load_state(p_fwd, p_carry, fwd_factor, HAS_FWD_CARRY, True)
+                # All at once: Triton 3.6 stops at sm_100 on one axis after the other.
+                across = tl.sum(b_fwd.to(tl.float32) * state)
+                if SUMS and row0 == 0:
+                    fwd_sum = load_state(p_fwd_sums, p_carry_sums, fwd_factor, HAS_FWD_CARRY, True)
+                    across += F / D / D * tl.sum(fwd_sum * value_sum, 0)
+                end = bg * N * C + n * C + C - 1
+                chunk_factor = tl.exp(tl.load(cum_hi + end) + tl.load(cum_lo + end))
+                if HAS_DOCS:
+                    before_doc = key_document(key_doc, doc_st, carried, n * C - 1, lag, T)
+                    behind_doc = key_document(key_doc, doc_st, carried, n * C + C - 1, lag, T)
+                    chunk_factor = tl.where(before_doc == behind_doc, chunk_factor, 0.0)
+                tl.store(d_across + (bg * N + n) * tl.num_programs(1) + block, scaled(chunk_factor, across))
+                # `states` may be `fwd_chunks`: no thread may write where another has yet to read.
+                tl.debug_barrier()
+            tl.store(states + (bg * N + n) * F * DV + o_tile, state.to(compute))
             # Triton 3.6 stops at sm_100 on a state that a branch reads and does not write.
             state += 0.0
             if row0 == 0:
@@ -185,10 +213,10 @@ def chunk_state_bwd_kernel(
             tl.store(total_factors + bg * segments + segment, share, mask=v0 == 0)
 
 
-def _outputs(sizes: Sizes, like, compute, has_factor: bool, with_totals: bool = True):
+def _outputs(sizes: Sizes, like, compute, has_factor: bool, with_totals: bool = True, states: Tensor | None = None):
     BG, N, segments, F, DV = sizes.B * sizes.G, sizes.N, sizes.segments, sizes.F, sizes.DV
     return {
-        "states": like.new_empty(BG, N, F, DV, dtype=compute),
+        "states": like.new_empty(BG, N, F, DV, dtype=compute) if states is None else states,
         "value_sums": like.new_empty(BG, N, DV, dtype=torch.float32),
         "factors": like.new_empty(BG, N, dtype=torch.float32) if has_factor else None,
         "totals": like.new_empty(BG, segments, F + 1, DV, dtype=torch.float32) if with_totals else None,
@@ -212,20 +240,41 @@ def launch_chunk_state_fwd(
     return Launch(chunk_state_fwd_kernel, _grid(sizes, config), args, config.options)
 
 
-def launch_chunk_state_bwd(sizes: Sizes, x: Tensors, do: Tensor, config: Config, compute: torch.dtype) -> Launch:
-    outputs = _outputs(sizes, x.k, compute, x.cum_hi is not None or x.key_doc is not None)
+def launch_chunk_state_bwd(
+    sizes: Sizes,
+    x: Tensors,
+    do: Tensor,
+    config: Config,
+    compute: torch.dtype,
+    forward: States | None = None,
+    forward_segment: int = 1,
+    *,
+    overwrite: bool = False,
+) -> Launch:
+    """With decays `forward` holds the states S_n, in segments of `forward_segment` chunks; E_n may `overwrite` them.
+
+    Then it also writes d_across (B * G, N, blocks of a state) fp32: f_n S_n . E_n, E_n as far as the segment goes.
+    """
+    has_decay, grid = x.cum_hi is not None, _grid(sizes, config)
+    in_place = forward.chunks if forward is not None and overwrite else None
+    outputs = _outputs(sizes, x.k, compute, has_decay or x.key_doc is not None, states=in_place)
+    outputs["d_across"] = torch.empty(grid[2], sizes.N, grid[1], device=do.device) if has_decay else None
     args = {
         "q": x.q,
         "do": do,
         "query_doc": x.query_doc,
         **_common(sizes, x, config, compute),
+        **{
+            f"fwd_{name}": getattr(forward, name, None) for name in ("chunks", "sums", "factors", "carry", "carry_sums")
+        },
+        "FWD_SEGMENT": forward_segment,
         **outputs,
         **strides(x.q, "q_sb q_st q_sh q_sd"),
         **strides(do, "do_sb do_st do_sh do_sd"),
         **strides(x.query_doc, "qdoc_sb qdoc_st"),
         "R": sizes.R,
     }
-    return Launch(chunk_state_bwd_kernel, _grid(sizes, config), args, config.options)
+    return Launch(chunk_state_bwd_kernel, grid, args, config.options)
 
 
 def _common(sizes: Sizes, x: Tensors, config: Config, compute: torch.dtype) -> dict:

@@ -40,6 +40,12 @@ def feature_map_bwd(x, dphi, SIGN, MAP: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def row_dot(x, dphi, SIGN, MAP: tl.constexpr, D: tl.constexpr):
+    """phi(SIGN x) . dphi of every row, fp32."""
+    return tl.sum(feature_map(x, SIGN, MAP, D) * dphi, 1)
+
+
+@triton.jit
 def is_bad(x):
     """Rows with a NaN or an infinity."""
     x = x.to(tl.float32)

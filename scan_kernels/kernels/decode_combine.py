@@ -27,6 +27,16 @@ def _head_norm(x, weight, eps, D: tl.constexpr):
 
 
 @triton.jit
+def _join(b_max, b_sum, b_o, each_max, each_sum, rows):
+    """Some more splits: maxima and sums (splits,), sums of values (splits, D)."""
+    new_max = tl.maximum(b_max, tl.max(each_max, 0))
+    safe = tl.where(new_max == -float("inf"), 0.0, new_max)
+    share = tl.exp2(each_max - safe)
+    shrink = tl.exp2(b_max - safe)
+    return new_max, b_sum * shrink + tl.sum(share * each_sum, 0), b_o * shrink + tl.sum(share[:, None] * rows, 0)
+
+
+@triton.jit
 def decode_combine_kernel(
     partial,
     partial_max,
@@ -54,14 +64,28 @@ def decode_combine_kernel(
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """norm(softmax branch) + norm(linear branch) of one query head; a branch or its norm may be None."""
+    """norm(softmax branch) + norm(linear branch) of one query head; a branch or its norm may be None.
+
+    What is loaded is asked for before the first sum: sums wait, and a load behind them would wait once more.
+    """
     bh = tl.program_id(0).to(tl.int64)
     h, bg, r = bh % H, bh // R, bh % R
     o_d = tl.arange(0, D)
     b_l = tl.zeros((D,), tl.float32)
-    # One wait for all that the linear branch needs, and it is under way before the splits are waited for.
+    if partial is not None:
+        o_i = tl.arange(0, BLOCK_SPLITS)
+        o_part = (bg * splits + o_i) * R + r
+        b_rows = tl.load(partial + o_part[:, None] * D + o_d[None, :], mask=(o_i < splits)[:, None], other=0.0)
+        b_each_max = tl.load(partial_max + o_part, mask=o_i < splits, other=-float("inf"))
+        b_each_sum = tl.load(partial_sum + o_part, mask=o_i < splits, other=0.0)
+        if softmax_weight is not None:
+            b_softmax_weight = tl.load(softmax_weight + h * D + o_d).to(tl.float32)
     if read is not None:
-        b_read = tl.load(read + bh * D + o_d)
+        b_l += tl.load(read + bh * D + o_d)
+        if linear_weight is not None:
+            b_linear_weight = tl.load(linear_weight + h * D + o_d).to(tl.float32)
+        if pending_read is not None:
+            b_l += tl.load(pending_read + bh * D + o_d)
         if phi_k is not None:
             b = bh // H
             before = tl.load(absorbed + b)
@@ -73,37 +97,25 @@ def decode_combine_kernel(
                     phi_k + (bg * P + o_p[:, None]) * F + tl.arange(0, F)[None, :], mask=o_p[:, None] < P, other=0.0
                 )
                 m_p = o_p < pending
-                p_v = v + (bg * S + (before + o_p[:, None]) % S) * D + o_d[None, :]
+                p_v = v + (bg * S + (before.to(tl.int32) + o_p[:, None]) % S) * D + o_d[None, :]
                 value = tl.load(p_v, mask=m_p[:, None], other=0.0).to(tl.float32)
                 # Behind the pending keys lie features that nobody wrote.
                 weight = tl.sum(tl.where(m_p[:, None], b_k * b_q[None, :], 0.0), 1)
                 b_l += tl.sum(weight[:, None] * value, 0)
-        if pending_read is not None:
-            b_read += tl.load(pending_read + bh * D + o_d)
-        b_l += b_read
         if linear_weight is not None:
-            b_l = _head_norm(b_l, tl.load(linear_weight + h * D + o_d).to(tl.float32), eps, D)
+            b_l = _head_norm(b_l, b_linear_weight, eps, D)
     if partial is not None:
-        o_i = tl.arange(0, BLOCK_SPLITS)
-        b_max = -float("inf")
-        b_sum = 0.0
-        b_o = tl.zeros((D,), tl.float32)
-        for first in range(0, splits, BLOCK_SPLITS):
+        b_max, b_sum, b_o = _join(-float("inf"), 0.0, tl.zeros((D,), tl.float32), b_each_max, b_each_sum, b_rows)
+        for first in range(BLOCK_SPLITS, splits, BLOCK_SPLITS):
             m_i = first + o_i < splits
             o_part = (bg * splits + first + o_i) * R + r
             each_max = tl.load(partial_max + o_part, mask=m_i, other=-float("inf"))
             each_sum = tl.load(partial_sum + o_part, mask=m_i, other=0.0)
             rows = tl.load(partial + o_part[:, None] * D + o_d[None, :], mask=m_i[:, None], other=0.0)
-            new_max = tl.maximum(b_max, tl.max(each_max, 0))
-            safe = tl.where(new_max == -float("inf"), 0.0, new_max)
-            share = tl.exp2(each_max - safe)
-            shrink = tl.exp2(b_max - safe)
-            b_sum = b_sum * shrink + tl.sum(share * each_sum, 0)
-            b_o = b_o * shrink + tl.sum(share[:, None] * rows, 0)
-            b_max = new_max
+            b_max, b_sum, b_o = _join(b_max, b_sum, b_o, each_max, each_sum, rows)
         b_o = tl.where(b_sum > 0, b_o / tl.where(b_sum > 0, b_sum, 1.0), 0.0)
         if softmax_weight is not None:
-            b_o = _head_norm(b_o, tl.load(softmax_weight + h * D + o_d).to(tl.float32), eps, D)
+            b_o = _head_norm(b_o, b_softmax_weight, eps, D)
         b_l += b_o
     tl.store(out + bh * D + o_d, b_l.to(out.dtype.element_ty))
 

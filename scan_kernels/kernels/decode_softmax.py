@@ -45,7 +45,6 @@ def softmax_split(
     tiles_a_split = tl.cdiv(tl.cdiv(used, BLOCK_S), splits)
     begin = split * tiles_a_split * BLOCK_S
     end = tl.minimum(begin + tiles_a_split * BLOCK_S, used)
-    slot = (t % S).to(tl.int32)
     b_q = tl.load(q + (bg * R + o_r[:, None]) * D + o_d[None, :], mask=m_r[:, None], other=0.0)
     p_k, p_v = k + bg * S * D, v + bg * S * D
     b_max = tl.full((BLOCK_R,), -float("inf"), tl.float32)
@@ -60,6 +59,8 @@ def softmax_split(
         b_v = tl.load(p_v + o_row[:, None] + o_d[None, :], mask=m_s[:, None], other=0.0)
         visible = m_s
         if WINDOWED:
+            # The same in every round; said here, it takes fewer registers.
+            slot = t.to(tl.int32) % S
             age = slot - o_s
             age = tl.where(age < 0, age + S, age)
             visible = visible & (age <= window)

@@ -33,26 +33,6 @@ def map_options(feature_map: FeatureMap | str) -> dict[str, int]:
 
 
 @triton.jit
-def _phi(x, MAP: tl.constexpr):
-    """A half of phi of one vector, fp32."""
-    if MAP == SOFTMAX:
-        e = tl.exp2((x - tl.max(x, 0)) * LOG2E)
-        x = e * (1.0 / tl.sum(e, 0))
-    elif MAP == RELU:
-        x = tl.maximum(x, 0.0)
-    return x
-
-
-@triton.jit
-def store_features(p_phi, x, D: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr):
-    """phi(x) of one vector of D, HALVES * D of fp32, to p_phi on."""
-    o_d = tl.arange(0, D)
-    tl.store(p_phi + o_d, _phi(x, MAP))
-    if HALVES == 2:
-        tl.store(p_phi + D + o_d, _phi(-x, MAP))
-
-
-@triton.jit
 def _phi_rows(x, MAP: tl.constexpr):
     """A half of phi of each row, fp32."""
     if MAP == SOFTMAX:
@@ -61,6 +41,15 @@ def _phi_rows(x, MAP: tl.constexpr):
     elif MAP == RELU:
         x = tl.maximum(x, 0.0)
     return x
+
+
+@triton.jit
+def store_features(p_phi, x, mask, D: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr):
+    """phi of the rows of x (rows, D), HALVES * D of fp32 each, to p_phi (rows, 1) on; mask (rows, 1)."""
+    o_d = tl.arange(0, D)[None, :]
+    tl.store(p_phi + o_d, _phi_rows(x, MAP), mask=mask)
+    if HALVES == 2:
+        tl.store(p_phi + D + o_d, _phi_rows(-x, MAP), mask=mask)
 
 
 @triton.jit
@@ -95,7 +84,7 @@ def pending_keys(
         o_p = first + tl.arange(0, BLOCK_P)
         m_p = (o_p < count)[:, None]
         position = before + o_p
-        p_row = (bg * S + position % S)[:, None] * D
+        p_row = (bg * S + position.to(tl.int32) % S)[:, None] * D
         x = tl.load(k + p_row + o_d[None, :], mask=m_p, other=0.0).to(tl.float32)
         value = tl.load(v + p_row + o_d[None, :], mask=m_p, other=0.0).to(tl.float32)
         if table is not None:
@@ -185,7 +174,9 @@ def state_block(
             tl.debug_barrier()
             o_p = key + tl.arange(0, BLOCK_P)
             m_p = o_p < count
-            values = tl.load(p_v + (before + o_p[:, None]) % S * DV, mask=m_p[:, None], other=0.0).to(tl.float32)
+            values = tl.load(p_v + (before.to(tl.int32) + o_p[:, None]) % S * DV, mask=m_p[:, None], other=0.0).to(
+                tl.float32
+            )
             for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
                 o_f = first + tl.arange(0, BLOCK_F)
                 b_s = tl.load(p_state + o_f[:, None] * DV)

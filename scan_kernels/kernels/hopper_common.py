@@ -18,6 +18,10 @@ _RELU = gl.constexpr(RELU.value)
 _LOG2E = gl.constexpr(1.4426950408889634)
 
 
+# Triton 3.6 calls it thread_barrier.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
 @gluon.constexpr_function
 def tile_layout(ROWS, COLUMNS, WARPS):
     """Of a (ROWS, COLUMNS) tile as it is loaded and stored: 16 bytes a thread, rows where wgmma wants them."""
@@ -33,6 +37,25 @@ def tile_layout(ROWS, COLUMNS, WARPS):
         registers.append([rows, 0])
         rows *= 2
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [ROWS, COLUMNS])
+
+
+@gluon.constexpr_function
+def pair_layout(TILE):
+    """Of a tile's words, two columns each."""
+
+    def words(bases):
+        return [[row, column // 2] for row, column in bases if column != 1]
+
+    rows, columns = TILE.shape
+    return gl.DistributedLinearLayout(
+        words(TILE.reg_bases), words(TILE.lane_bases), words(TILE.warp_bases), [], [rows, columns // 2]
+    )
+
+
+@gluon.constexpr_function
+def columns_of_a_thread(PAIRS):
+    """How far apart lie the columns that a thread has, the farthest first."""
+    return tuple(sorted((column for _, column in PAIRS.reg_bases if column), reverse=True))
 
 
 @gluon.constexpr_function
@@ -98,6 +121,14 @@ def copy_rows(
 
 
 @gluon.jit
+def copy_state(s_1, s_2, state, D: gl.constexpr, PAIRED: gl.constexpr, WARPS: gl.constexpr):
+    """Start the copy of a state to shared memory, a tile for each half of the features."""
+    copy_rows(s_1, state, D, 0, 0, D, D, D, WARPS)
+    if PAIRED:
+        copy_rows(s_2, state + D * D, D, 0, 0, D, D, D, WARPS)
+
+
+@gluon.jit
 def load_tile(
     p, stride, first, lower, upper, C: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr,
     INDEX: gl.constexpr = gl.int32,
@@ -106,82 +137,242 @@ def load_tile(
     o_c = gl.arange(0, C, gl.SliceLayout(1, TILE)).to(INDEX)
     o_d = gl.arange(0, D, gl.SliceLayout(0, TILE))
     mask = (first + o_c >= lower) & (first + o_c < upper)
-    source = row_pointer(p, first, stride) + ((o_c * stride)[:, None] + o_d[None, :])
+    source = (row_pointer(p, first, stride) + o_c * stride)[:, None] + o_d[None, :]
     return gl.load(source, mask=mask[:, None], other=0.0)
+
+
+@gluon.jit
+def load_pairs(
+    p, stride, first, lower, upper, C: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, HERE: gl.constexpr = False
+):  # fmt: skip
+    """`load_tile`, with two bf16 columns in a word. HERE: addresses are made in place, not kept."""
+    PAIRS: gl.constexpr = pair_layout(TILE)
+    o_c = gl.arange(0, C, gl.SliceLayout(1, PAIRS))
+    if HERE:
+        o_c = made_here(o_c)
+    o_d = gl.arange(0, D // 2, gl.SliceLayout(0, PAIRS))
+    mask = (first + o_c >= lower) & (first + o_c < upper)
+    row = row_pointer(p, first, stride).to(gl.pointer_type(gl.int32), bitcast=True) + o_c * (stride // 2)
+    return gl.load(row[:, None] + o_d[None, :], mask=mask[:, None], other=0)
 
 
 @gluon.jit
 def store_tile(
     p, stride, first, x, lower, upper, C: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr,
-    INDEX: gl.constexpr = gl.int32,
+    HERE: gl.constexpr = False,
 ):  # fmt: skip
-    """Write rows first ... first + C, none outside lower <= row < upper. INDEX: see `load_tile`."""
-    o_c = gl.arange(0, C, gl.SliceLayout(1, TILE)).to(INDEX)
+    """Write rows first ... first + C, none outside lower <= row < upper. HERE: see `load_pairs`."""
+    o_c = gl.arange(0, C, gl.SliceLayout(1, TILE))
+    if HERE:
+        o_c = made_here(o_c)
     o_d = gl.arange(0, D, gl.SliceLayout(0, TILE))
     mask = (first + o_c >= lower) & (first + o_c < upper)
-    target = row_pointer(p, first, stride) + ((o_c * stride)[:, None] + o_d[None, :])
+    target = (row_pointer(p, first, stride) + o_c * stride)[:, None] + o_d[None, :]
     gl.store(target, x.to(p.dtype.element_ty), mask=mask[:, None])
 
 
 @gluon.jit
-def _softmax(x, SIGN):
-    """exp(SIGN x) of whole rows, scaled to a largest element of 1; one over its sum; log2 of the sum of exp(SIGN x)."""
-    y = x.to(gl.float32) * SIGN
-    top = gl.max(y, 1) * _LOG2E
-    e = gl.exp2(y * _LOG2E - top[:, None])
-    total = gl.sum(e, 1)
-    return e, 1.0 / total, top + gl.log2(total)
+def words_of(tile, C: gl.constexpr, D: gl.constexpr):
+    """A tile of shared memory, two columns a word."""
+    WIDTH: gl.constexpr = min(128, 2 * D)
+    WORDS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=WIDTH, element_bitwidth=32, rank=2)
+    return tile._reinterpret(gl.int32, [C, D // 2], WORDS)
 
 
 @gluon.jit
-def feature_map_and_logs(x, SIGN, MAP: gl.constexpr, D: gl.constexpr):
-    """phi(SIGN x) of whole rows, fp32, and for softmax, else 0, log2 of a row's sum of exp(SIGN x).
+def halves_of(x):
+    """The even and the odd columns, fp32, of pairs of bf16."""
+    return (x << 16).to(gl.float32, bitcast=True), (x & -65536).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _halves_of_negative(x):
+    """`halves_of` -x, in a way that the compiler takes for another computation: it would keep both columns of every
+    pair in registers from phi(x) to phi(-x), twice as many as the pairs are."""
+    return halves_of(
+        gl.inline_asm_elementwise("xor.b32 $0, $1, 0x80008000;", "=r,r", [x], gl.int32, is_pure=True, pack=1)
+    )
+
+
+@gluon.jit
+def join_halves(even, odd, TILE: gl.constexpr):
+    """The inverse of `halves_of`, for any type: columns side by side."""
+    ROWS: gl.constexpr = even.shape[0]
+    D: gl.constexpr = 2 * even.shape[1]
+    return gl.convert_layout(gl.reshape(gl.join(even, odd), [ROWS, D]), TILE)
+
+
+@gluon.jit
+def bf16_of(x, TILE: gl.constexpr):
+    """Pairs as a bf16 tile."""
+    even = x.to(gl.int16).to(gl.bfloat16, bitcast=True)
+    return join_halves(even, (x >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True), TILE)
+
+
+@gluon.jit
+def pairs_of(x):
+    """A fp32 tile, rounded to bf16, as pairs."""
+    even, odd = _neighbors(x)
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _neighbors(x):
+    """A tile as two of half as many columns, that lie side by side in it."""
+    ROWS: gl.constexpr = x.shape[0]
+    HALF: gl.constexpr = x.shape[1] // 2
+    return gl.split(gl.reshape(x, [ROWS, HALF, 2]))
+
+
+@gluon.jit
+def _apart(x, DISTANCE: gl.constexpr):
+    """A tile as two of half as many columns, those that lie DISTANCE apart."""
+    ROWS: gl.constexpr = x.shape[0]
+    HALF: gl.constexpr = x.shape[1] // 2
+    x = gl.reshape(x, [ROWS, HALF // DISTANCE, 2, DISTANCE])
+    a, b = gl.split(gl.permute(x, [0, 1, 3, 2]))
+    return gl.reshape(a, [ROWS, HALF]), gl.reshape(b, [ROWS, HALF])
+
+
+@gluon.jit
+def _wider(a, b, LARGEST: gl.constexpr):
+    """Maxima or minima of pairs of bf16."""
+    NAME: gl.constexpr = "max.bf16x2 $0, $1, $2;" if LARGEST else "min.bf16x2 $0, $1, $2;"
+    return gl.inline_asm_elementwise(NAME, "=r,r,r", [a, b], gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _extreme(x, LARGEST: gl.constexpr):
+    """fp32 maximum or minimum of every row of pairs: what a thread holds two at a time, as a tree."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    APART: gl.constexpr = columns_of_a_thread(x.type.layout)
+    for i in gl.static_range(len(APART)):
+        a, b = _apart(x, APART[i])
+        x = _wider(a, b, LARGEST)
+    even, odd = halves_of(x)
+    x = gl.max(gl.maximum(even, odd), 1) if LARGEST else gl.min(gl.minimum(even, odd), 1)
+    return gl.convert_layout(x, ROWS)
+
+
+@gluon.jit
+def _row_sum(x):
+    """Sums of rows, those of a thread as a tree."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    APART: gl.constexpr = columns_of_a_thread(x.type.layout)
+    for i in gl.static_range(len(APART)):
+        a, b = _apart(x, APART[i])
+        x = a + b
+    return gl.convert_layout(gl.sum(x, 1), ROWS)
+
+
+@gluon.jit
+def _approximate(NAME: gl.constexpr, x):
+    """A function that branches for what is denormal, without: a branch holds up products under way."""
+    return gl.inline_asm_elementwise(NAME, "=f,f", [x], gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _softmax(x, SIGN: gl.constexpr):
+    """exp(SIGN x) of even and odd columns of whole rows, scaled to a largest element of 1; one over its sum; log2 of
+    the sum of exp(SIGN x)."""
+    even, odd = halves_of(x)
+    top = (_extreme(x, True) if SIGN > 0 else -_extreme(x, False)) * _LOG2E
+    even = gl.exp2(even * (SIGN * _LOG2E) - top[:, None])
+    odd = gl.exp2(odd * (SIGN * _LOG2E) - top[:, None])
+    total = _row_sum(even + odd)  # from 1 to D
+    return (
+        even,
+        odd,
+        _approximate("rcp.approx.ftz.f32 $0, $1;", total),
+        top + _approximate("lg2.approx.ftz.f32 $0, $1;", total),
+    )
+
+
+@gluon.jit
+def feature_map_and_logs(x, SIGN: gl.constexpr, MAP: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr):
+    """phi(SIGN x) of whole rows of pairs, fp32, and for softmax, else 0, log2 of a row's sum of exp(SIGN x).
 
     Softmax features come less their mean 1/D: see docs/kernels.md, Precision.
     """
     if MAP == _SOFTMAX:
-        e, share, logs = _softmax(x, SIGN)
-        y = e * share[:, None] - 1.0 / D
+        even, odd, share, logs = _softmax(x, SIGN)
+        even = even * share[:, None] - 1.0 / D
+        odd = odd * share[:, None] - 1.0 / D
     else:
-        y = x.to(gl.float32) * SIGN
-        if MAP == _RELU:
-            y = gl.where(y != y, y, gl.maximum(y, 0.0))
-        logs = gl.zeros_like(gl.sum(y, 1))
-    return y, logs
+        even, odd = halves_of(x)
+        even, odd = _linear(even, SIGN, MAP), _linear(odd, SIGN, MAP)
+        logs = gl.sum(even, 1) * 0.0
+    return join_halves(even, odd, TILE), gl.convert_layout(logs, gl.SliceLayout(1, TILE))
 
 
 @gluon.jit
-def feature_map(x, SIGN, MAP: gl.constexpr, D: gl.constexpr):
-    """phi(SIGN x) as `feature_map_and_logs` has it."""
-    phi, _ = feature_map_and_logs(x, SIGN, MAP, D)
-    return phi
-
-
-@gluon.jit
-def feature_map_of_logs(x, logs, SIGN, MAP: gl.constexpr, D: gl.constexpr):
-    """phi(SIGN x) by the logs of `feature_map_and_logs`: no row is searched or summed again."""
-    if MAP == _SOFTMAX:
-        y = gl.exp2(x.to(gl.float32) * (SIGN * _LOG2E) - logs[:, None]) - 1.0 / D
-    else:
-        y = feature_map(x, SIGN, MAP, D)
+def _linear(y, SIGN: gl.constexpr, MAP: gl.constexpr):
+    y = y * SIGN
+    if MAP == _RELU:
+        y = gl.where(y != y, y, gl.maximum(y, 0.0))
     return y
 
 
 @gluon.jit
-def feature_map_bwd(x, dphi, SIGN, MAP: gl.constexpr, logs=None):
-    """dx of phi(SIGN x). Any constant added to a row of dphi leaves softmax's dx as it is."""
+def feature_map(x, SIGN: gl.constexpr, MAP: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr):
+    """phi(SIGN x) as `feature_map_and_logs` has it."""
+    phi, _ = feature_map_and_logs(x, SIGN, MAP, D, TILE)
+    return phi
+
+
+@gluon.jit
+def _softmax_of_logs(x, logs, SIGN: gl.constexpr, TILE: gl.constexpr):
+    """exp(SIGN x - logs)."""
+    logs = gl.convert_layout(logs, gl.SliceLayout(1, x.type.layout))
+    even, odd = halves_of(x) if SIGN > 0 else _halves_of_negative(x)
+    even = gl.exp2(even * _LOG2E - logs[:, None])
+    odd = gl.exp2(odd * _LOG2E - logs[:, None])
+    return join_halves(even, odd, TILE)
+
+
+@gluon.jit
+def feature_map_of_logs(x, logs, SIGN: gl.constexpr, MAP: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr):
+    """phi(SIGN x) by the logs of `feature_map_and_logs`: no row is searched or summed again."""
+    if MAP != _SOFTMAX:
+        return feature_map(x, SIGN, MAP, D, TILE)
+    return _softmax_of_logs(x, logs, SIGN, TILE) - 1.0 / D
+
+
+@gluon.jit
+def feature_map_bwd(x, dphi, logs, SIGN: gl.constexpr, MAP: gl.constexpr, TILE: gl.constexpr):
+    """dx of phi(SIGN x), x in pairs, by the logs of `feature_map_and_logs`.
+
+    Any constant added to a row of dphi leaves softmax's dx as it is.
+    """
     if MAP == _SOFTMAX:
-        if logs is None:
-            e, share, _ = _softmax(x, SIGN)
-            phi = e * share[:, None]
-        else:
-            phi = gl.exp2(x.to(gl.float32) * (SIGN * _LOG2E) - logs[:, None])
+        phi = _softmax_of_logs(x, logs, SIGN, TILE)
         dx = phi * (dphi - gl.sum(phi * dphi, 1)[:, None])
     elif MAP == _RELU:
-        dx = gl.where(x.to(gl.float32) * SIGN > 0, dphi, 0.0)
+        even, odd = halves_of(x)
+        dx = gl.where(join_halves(even, odd, TILE) * SIGN > 0, dphi, 0.0)
     else:
         dx = dphi
     return dx * SIGN
+
+
+@gluon.jit
+def _add_both(a1, a2, b1, b2):
+    return a1 + b1, a2 + b2
+
+
+@gluon.jit
+def feature_map_bwd_of_both(x, dphi1, dphi2, logs1, logs2, MAP: gl.constexpr, TILE: gl.constexpr):
+    """dx of phi(x) and phi(-x) together, for rows that several warps share: they meet once, not for each."""
+    if MAP == _SOFTMAX:
+        phi1, phi2 = _softmax_of_logs(x, logs1, 1.0, TILE), _softmax_of_logs(x, logs2, -1.0, TILE)
+        d1, d2 = phi1 * dphi1, phi2 * dphi2
+        sum1, sum2 = gl.reduce((d1, d2), 1, _add_both)
+        dx = (d1 - phi1 * sum1[:, None]) - (d2 - phi2 * sum2[:, None])
+    else:
+        dx = feature_map_bwd(x, dphi1, logs1, 1.0, MAP, TILE) + feature_map_bwd(x, dphi2, logs2, -1.0, MAP, TILE)
+    return dx
 
 
 @gluon.jit
@@ -197,9 +388,30 @@ def load_logs(logs, head, rows, T, heads, MAP: gl.constexpr, PAIRED: gl.constexp
 
 
 @gluon.jit
+def made_here(x):
+    """x, and what is computed from it is computed here: the compiler takes it out of no loop."""
+    WIDE: gl.constexpr = x.dtype == gl.int64
+    MOVE: gl.constexpr = "mov.b64 $0, $1;" if WIDE else "mov.b32 $0, $1;"
+    x = x if WIDE else x.to(gl.int32)
+    return gl.inline_asm_elementwise(MOVE, "=l,l" if WIDE else "=r,r", [x], x.dtype, is_pure=False, pack=1)
+
+
+@gluon.jit
 def is_bad(x):
-    """1 for rows with a NaN or an infinity: 0 times those is NaN."""
-    return (gl.sum(x.to(gl.float32) * 0.0, 1) != 0).to(gl.int32)
+    """1 for rows of pairs with a NaN or an infinity: 0 times those is NaN."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    APART: gl.constexpr = columns_of_a_thread(x.type.layout)
+    x = x & 0x7FFF7FFF
+    for i in gl.static_range(len(APART)):
+        a, b = _apart(x, APART[i])
+        x = _larger_of_16_bits(a, b)
+    largest = gl.max(gl.maximum(x & 0xFFFF, x >> 16), 1)
+    return gl.convert_layout((largest >= 0x7F80).to(gl.int32), ROWS)
+
+
+@gluon.jit
+def _larger_of_16_bits(a, b):
+    return gl.inline_asm_elementwise("max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit

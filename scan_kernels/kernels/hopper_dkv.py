@@ -12,18 +12,25 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from scan_kernels.kernels.hopper_common import (
     _SOFTMAX,
     add_carry,
+    barrier,
+    bf16_of,
     copy_rows,
-    feature_map,
+    copy_state,
+    feature_map_and_logs,
     feature_map_bwd,
+    feature_map_bwd_of_both,
     feature_map_of_logs,
     key_document,
     load_logs,
-    load_tile,
+    load_pairs,
+    made_here,
+    pair_layout,
     rename,
     shared_layout,
     store_tile,
     tile_layout,
     to_memory,
+    words_of,
 )
 from scan_kernels.kernels.hopper_query import chunk_args, rows_of
 from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors
@@ -69,52 +76,123 @@ def _wide_tile_layout(D):
 
 
 @gluon.jit
-def _map_queries(s_q, s_phi, logs, SIGN, C: gl.constexpr, D: gl.constexpr, MAP: gl.constexpr):
+def _two_tiles(C: gl.constexpr, D: gl.constexpr, APART: gl.constexpr):
+    """Two tiles, and both as one, or APART: the compiler then sees that who writes one is in no one's way in the other,
+    which saves barriers, and takes addresses of its own for each."""
+    if APART:
+        first = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+        second = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+        both = first
+    else:
+        both = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
+        first, second = both.index(0), both.index(1)
+    return first, second, both
+
+
+@gluon.jit
+def _places(s_q, s_do, s_phi1, s_phi2, r):
+    """Queries, do and both halves of phi(q) of heads r and r + 1."""
+    i, j = r % 2, (r + 1) % 2
+    now = (s_q[2].index(i), s_do[2].index(i), s_phi1[2].index(i), s_phi2[2].index(i))
+    then = (s_q[2].index(j), s_do[2].index(j), s_phi1[2].index(j), s_phi2[2].index(j))
+    return now, then
+
+
+@gluon.jit
+def _map_queries(s_q, s_phi, logs, SIGN: gl.constexpr, C: gl.constexpr, D: gl.constexpr, MAP: gl.constexpr):
     """phi(SIGN q) from q, both in shared memory."""
-    query = s_q.load(tile_layout(C, D, WARPS))
-    s_phi.store(rename(feature_map_of_logs(query, logs, SIGN, MAP, D).to(gl.bfloat16), C, D))
+    TILE: gl.constexpr = tile_layout(C, D, WARPS)
+    query = words_of(s_q, C, D).load(pair_layout(TILE))
+    s_phi.store(rename(feature_map_of_logs(query, logs, SIGN, MAP, D, TILE).to(gl.bfloat16), C, D))
+
+
+@gluon.jit
+def _add_state(s_k, s_v, s_1, s_2, d_value, dphi1, dphi2, HAS_SUMS: gl.constexpr, PAIRED: gl.constexpr):
+    """What the queries that a state was gathered from give to the chunk's keys; without sums, the first there is."""
+    d_value = warpgroup_mma(s_k.index(0), s_1, d_value, use_acc=HAS_SUMS, is_async=True)
+    dphi1 = warpgroup_mma(s_v, s_1.permute([1, 0]), dphi1, use_acc=HAS_SUMS, is_async=True)
+    if PAIRED:
+        d_value = warpgroup_mma(s_k.index(1), s_2, d_value, is_async=True)
+        dphi2 = warpgroup_mma(s_v, s_2.permute([1, 0]), dphi2, use_acc=HAS_SUMS, is_async=True)
+    return d_value, dphi1, dphi2
 
 
 @gluon.jit
 def _add_head(
-    s_k1, s_k2, s_v, s_q, s_do, s_q1, s_q2, s_p, s_ds, d_value, dphi1, dphi2, pairs, r, logs1, logs2,
-    HAS_NEXT: gl.constexpr, C: gl.constexpr, D: gl.constexpr, MAP: gl.constexpr, MEAN: gl.constexpr,
-    PAIRED: gl.constexpr,
+    s_k, s_v, now, then, s_p, s_ds, s_part, part, d_value, dphi1, dphi2, d_out, pairs,
+    r, q, q_st, q_sh, do, do_st, do_sh, n, T, logs, first_log,
+    HAS_NEXT: gl.constexpr, PART: gl.constexpr, R: gl.constexpr, C: gl.constexpr, D: gl.constexpr,
+    MAP: gl.constexpr, MEAN: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
-    """What the chunk's queries of head r give to its keys; the next head's features while these are multiplied."""
+    """What the chunk's queries of head r give to its keys; the next head's features while these are multiplied.
+
+    now, then: queries, do and both halves of phi(q) of this and of the next head. d_out: do of the next head, on its
+    way. PART: half 1 or 2 of a state, which is copied and added on the way, or 0.
+    """
+    TILE: gl.constexpr = tile_layout(C, D, WARPS)
     SCORES: gl.constexpr = _wide_product_layout(C)
-    now, then = r % 2, (r + 1) % 2
+    s_q, s_do, s_phi1, s_phi2 = now
+    s_q_then, s_do_then, s_phi1_then, s_phi2_then = then
+    logs1, logs2 = 0.0, 0.0
+    if HAS_NEXT:
+        t_row = n * C + gl.arange(0, C, gl.SliceLayout(1, TILE))
+        heads = gl.num_programs(1).to(gl.int64) * R
+        logs1, logs2 = load_logs(logs, first_log + gl.minimum(r + 1, R - 1), t_row, T, heads, MAP, PAIRED)
+    # All of this head is in shared memory, and no product under way.
+    async_copy.wait_group(0)
+    if PART > 0:
+        copy_rows(s_part, part, D, 0, 0, D, D, D, WARPS)
+        async_copy.commit_group()
+    if HAS_NEXT:
+        s_do_then.store(rename(bf16_of(d_out, TILE), C, D))
+        # The last rounds read nothing: their bounds are empty.
+        upper = gl.where(r + 2 < R, T, 0)
+        copy_rows(s_q, q + (r + 2) * q_sh, q_st, n * C, 0, upper, C, D, WARPS)
+        async_copy.commit_group()
+        d_out = load_pairs(do + (r + 2) * do_sh, do_st, n * C, 0, upper, C, D, TILE)
     fence_async_shared()
     zeros = gl.zeros([C, C], gl.float32, SCORES)
-    scores = warpgroup_mma(s_k1, s_q1.index(now).permute([1, 0]), zeros, use_acc=False, is_async=True)
+    scores = warpgroup_mma(s_k.index(0), s_phi1.permute([1, 0]), zeros, use_acc=False, is_async=True)
     if PAIRED:
-        scores = warpgroup_mma(s_k2, s_q2.index(now).permute([1, 0]), scores, is_async=True)
+        scores = warpgroup_mma(s_k.index(1), s_phi2.permute([1, 0]), scores, is_async=True)
     d_scores = warpgroup_mma(s_v, s_do.permute([1, 0]), zeros, use_acc=False, is_async=True)
     if HAS_NEXT:
-        _map_queries(s_q.index(then), s_q1.index(then), logs1, 1.0, C, D, MAP)
+        _map_queries(s_q_then, s_phi1_then, logs1, 1.0, C, D, MAP)
     scores, d_scores = warpgroup_mma_wait(0, deps=[scores, d_scores])
     if MAP == _SOFTMAX:
         scores = scores + MEAN
     s_p.store(gl.where(pairs, scores, 0.0).to(gl.bfloat16))
     s_ds.store(gl.where(pairs, d_scores, 0.0).to(gl.bfloat16))
+    if PART > 0:
+        async_copy.wait_group(1 if HAS_NEXT else 0)
     fence_async_shared()
     d_value = warpgroup_mma(s_p, s_do, d_value, is_async=True)
-    dphi1 = warpgroup_mma(s_ds, s_q1.index(now), dphi1, is_async=True)
+    dphi1 = warpgroup_mma(s_ds, s_phi1, dphi1, is_async=True)
     if PAIRED:
-        dphi2 = warpgroup_mma(s_ds, s_q2.index(now), dphi2, is_async=True)
+        dphi2 = warpgroup_mma(s_ds, s_phi2, dphi2, is_async=True)
+    if PART == 1:
+        d_value = warpgroup_mma(s_k.index(0), s_part, d_value, is_async=True)
+        dphi1 = warpgroup_mma(s_v, s_part.permute([1, 0]), dphi1, is_async=True)
+    if PART == 2:
+        d_value = warpgroup_mma(s_k.index(1), s_part, d_value, is_async=True)
+        dphi2 = warpgroup_mma(s_v, s_part.permute([1, 0]), dphi2, is_async=True)
+    if PAIRED:
         if HAS_NEXT:
-            _map_queries(s_q.index(then), s_q2.index(then), logs2, -1.0, C, D, MAP)
+            _map_queries(s_q_then, s_phi2_then, logs2, -1.0, C, D, MAP)
         d_value, dphi1, dphi2 = warpgroup_mma_wait(0, deps=[d_value, dphi1, dphi2])
     else:
         d_value, dphi1 = warpgroup_mma_wait(0, deps=[d_value, dphi1])
-    return d_value, dphi1, dphi2
+    return d_value, dphi1, dphi2, d_out
 
 
 @gluon.jit
-def _with_other(x, p_other, stride, first, M, C: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr):
+def _with_other(
+    x, p_other, b, g, s_b, s_g, s_t, first, M, C: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr
+):  # fmt: skip
     """x and what another reader of these keys gives to them."""
     if p_other is not None:
-        x = x + load_tile(p_other, stride, first, 0, M, C, D, TILE).to(gl.float32)
+        other = load_pairs(p_other + b * s_b + g * s_g, s_t, first, 0, M, C, D, TILE, True)
+        x = x + bf16_of(other, TILE).to(gl.float32)
     return x
 
 
@@ -134,134 +212,174 @@ def hopper_dkv_kernel(
     SCORES: gl.constexpr = _wide_product_layout(C)
     PAIRED: gl.constexpr = F == 2 * D
     MEAN: gl.constexpr = F / D / D
+    # Heads beside which the halves of the states, the own and from behind the segment, find place.
+    FILLED: gl.constexpr = 4 if HAS_CARRY else 2
+    STREAMED: gl.constexpr = PAIRED and not HAS_DOCS and R % 2 == 0 and R >= FILLED
+    ALONE: gl.constexpr = R - FILLED if STREAMED else R - 1
+    APART: gl.constexpr = STREAMED and ALONE == 0
     bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0)
     b, g = bg // G, bg % G
-    dk += (b * M * G + g) * D
-    dv += (b * M * G + g) * D
-    if dk_other is not None:
-        dk_other += b * dko_sb + g * dko_sg
-    if dv_other is not None:
-        dv_other += b * dvo_sb + g * dvo_sg
     if n >= N:
         # Keys that are younger than any query's residual keys.
         zero = gl.zeros([C, D], gl.float32, WIDE)
-        unread_dk = _with_other(zero, dk_other, dko_st, n * C - lag, M, C, D, WIDE)
-        unread_dv = _with_other(zero, dv_other, dvo_st, n * C - lag, M, C, D, WIDE)
-        store_tile(dk, G * D, n * C - lag, unread_dk, 0, M, C, D, WIDE)
-        store_tile(dv, G * D, n * C - lag, unread_dv, 0, M, C, D, WIDE)
+        unread_dk = _with_other(zero, dk_other, b, g, dko_sb, dko_sg, dko_st, n * C - lag, M, C, D, WIDE)
+        unread_dv = _with_other(zero, dv_other, b, g, dvo_sb, dvo_sg, dvo_st, n * C - lag, M, C, D, WIDE)
+        store_tile(dk + (b * M * G + g) * D, G * D, n * C - lag, unread_dk, 0, M, C, D, WIDE)
+        store_tile(dv + (b * M * G + g) * D, G * D, n * C - lag, unread_dv, 0, M, C, D, WIDE)
     else:
-        s_q = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
-        s_do = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
-        s_v = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+        # The state behind the chunk, what the queries there give to its keys: of the segment, and from behind it. If
+        # there are heads for it, half a state is added beside each of the last ones; else all of them before the first.
+        segment = n // SEGMENT
+        border = bg * ((N + SEGMENT - 1) // SEGMENT + 1) + segment + 1
+        s_q = _two_tiles(C, D, APART)
+        if not STREAMED:
+            s_e1 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
+            s_e2, s_c1, s_c2 = s_e1, s_e1, s_e1
+            if PAIRED:
+                s_e2 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
+            if HAS_CARRY:
+                s_c1 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
+                s_c2 = s_c1
+                if PAIRED:
+                    s_c2 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
+                copy_state(s_c1, s_c2, carry + border * F * D, D, PAIRED, WARPS)
+            copy_state(s_e1, s_e2, states + (bg * N + n) * F * D, D, PAIRED, WARPS)
+        async_copy.commit_group()
         q += b * q_sb + g * R * q_sh
         do += b * do_sb + g * R * do_sh
-        copy_rows(s_v, v + b * v_sb + g * v_sg, v_st, n * C - lag, 0, T - lag, C, D, WARPS)
-        copy_rows(s_q.index(0), q, q_st, n * C, 0, T, C, D, WARPS)
-        copy_rows(s_do.index(0), do, do_st, n * C, 0, T, C, D, WARPS)
+        copy_rows(s_q[0], q, q_st, n * C, 0, T, C, D, WARPS)
         if R > 1:
-            copy_rows(s_q.index(1), q + q_sh, q_st, n * C, 0, T, C, D, WARPS)
+            copy_rows(s_q[1], q + q_sh, q_st, n * C, 0, T, C, D, WARPS)
         async_copy.commit_group()
 
-        # phi(k), and the state behind the chunk: what the queries there give to its keys. Loads come first.
-        k += b * k_sb + g * k_sg
-        key = load_tile(k, k_st, n * C - lag, 0, T - lag, C, D, TILE)
-        segment = n // SEGMENT
-        segments = (N + SEGMENT - 1) // SEGMENT
-        o_m = gl.arange(0, D, gl.BlockedLayout([1], [32], [WARPS], [0]))
-        p_sums = sums + (bg * N + n) * D + o_m
-        STATE: gl.constexpr = tile_layout(D, D, WARPS)
-        o_row, o_column = gl.arange(0, D, gl.SliceLayout(1, STATE)), gl.arange(0, D, gl.SliceLayout(0, STATE))
-        p_state = states + (bg * N + n) * F * D + ((o_row * D)[:, None] + o_column[None, :])
-        p_carry, p_carry_sums, factor = p_state, p_sums, 1.0
-        if HAS_CARRY:
-            border = bg * (segments + 1) + segment + 1
-            p_carry = carry + border * F * D + ((o_row * D)[:, None] + o_column[None, :])
-            p_carry_sums = carry_sums + border * D + o_m
-            if HAS_DOCS:
-                factor = gl.load(factors + bg * N + n)
-        # All of them before anything waits for one.
-        state1, before1 = gl.load(p_state), gl.load(p_carry)
-        state2, before2 = state1, before1
-        if PAIRED:
-            state2, before2 = gl.load(p_state + D * D), gl.load(p_carry + D * D)
+        key = load_pairs(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE)
+        value = load_pairs(v + b * v_sb + g * v_sg, v_st, n * C - lag, 0, T - lag, C, D, TILE)
+        d_out = load_pairs(do, do_st, n * C, 0, T, C, D, TILE)
         t_row = n * C + gl.arange(0, C, gl.SliceLayout(1, TILE))
-        heads = gl.num_programs(1).to(gl.int64) * R
-        logs1, logs2 = load_logs(logs, bg * R, t_row, T, heads, MAP, PAIRED)
+        logs1, logs2 = load_logs(logs, bg * R, t_row, T, gl.num_programs(1).to(gl.int64) * R, MAP, PAIRED)
+        factor = 1.0
+        if HAS_CARRY and HAS_DOCS:
+            factor = gl.load(factors + bg * N + n)
         if MAP == _SOFTMAX:
-            mean = MEAN * add_carry(gl.load(p_sums), gl.load(p_carry_sums), factor, HAS_CARRY, HAS_DOCS)
+            o_m = gl.arange(0, D, gl.BlockedLayout([1], [32], [WARPS], [0]))
+            mean = gl.load(sums + (bg * N + n) * D + o_m)
+            if HAS_CARRY:
+                mean = add_carry(mean, gl.load(carry_sums + border * D + o_m), factor, HAS_CARRY, HAS_DOCS)
             s_mean = gl.allocate_shared_memory(gl.float32, [D], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-            s_mean.store(mean)
-        s_k1 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
-        s_k1.store(rename(feature_map(key, 1.0, MAP, D).to(gl.bfloat16), C, D))
-        s_e1 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
-        s_e1.store(rename(add_carry(state1, before1, factor, HAS_CARRY, HAS_DOCS), D, D))
-        s_e2, s_k2 = s_e1, s_k1
+            s_mean.store(MEAN * mean)
+        s_k = gl.allocate_shared_memory(gl.bfloat16, [F // D, C, D], shared_layout(D))
+        s_logs1 = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        phi, key_logs = feature_map_and_logs(key, 1.0, MAP, D, TILE)
+        s_k.index(0).store(rename(phi.to(gl.bfloat16), C, D))
+        s_logs1.store(key_logs)
+        s_logs2 = s_logs1
         if PAIRED:
-            s_k2 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
-            s_k2.store(rename(feature_map(key, -1.0, MAP, D).to(gl.bfloat16), C, D))
-            s_e2 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
-            s_e2.store(rename(add_carry(state2, before2, factor, HAS_CARRY, HAS_DOCS), D, D))
-        async_copy.wait_group(0)
-        fence_async_shared()
-        zeros = gl.zeros([C, D], gl.float32, ACC)
-        d_value = warpgroup_mma(s_k1, s_e1, zeros, use_acc=False, is_async=True)
-        dphi1 = warpgroup_mma(s_v, s_e1.permute([1, 0]), zeros, use_acc=False, is_async=True)
-        dphi2 = dphi1
-        if PAIRED:
-            d_value = warpgroup_mma(s_k2, s_e2, d_value, is_async=True)
-            dphi2 = warpgroup_mma(s_v, s_e2.permute([1, 0]), zeros, use_acc=False, is_async=True)
+            s_logs2 = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+            phi, key_logs = feature_map_and_logs(key, -1.0, MAP, D, TILE)
+            s_k.index(1).store(rename(phi.to(gl.bfloat16), C, D))
+            s_logs2.store(key_logs)
+        s_v = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+        s_v.store(rename(bf16_of(value, TILE), C, D))
         pairs, runs_on = _masks(
             query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
         )
-        d_value, dphi1, dphi2 = warpgroup_mma_wait(0, deps=[d_value, dphi1, dphi2])
-        if HAS_DOCS:
-            d_value = gl.where(runs_on[:, None], d_value, 0.0)
-            dphi1 = gl.where(runs_on[:, None], dphi1, 0.0)
-            dphi2 = gl.where(runs_on[:, None], dphi2, 0.0)
+        d_value = gl.zeros([C, D], gl.float32, ACC)
+        dphi1, dphi2 = d_value, d_value
+        if not STREAMED:
+            async_copy.wait_group(1)
+            fence_async_shared()
+            if HAS_CARRY:
+                d_value, dphi1, dphi2 = _add_state(s_k, s_v, s_c1, s_c2, d_value, dphi1, dphi2, False, PAIRED)
+                if HAS_DOCS:
+                    d_value, dphi1, dphi2 = warpgroup_mma_wait(0, deps=[d_value, dphi1, dphi2])
+                    d_value = gl.where(factor == 0, 0.0, factor * d_value)
+                    dphi1 = gl.where(factor == 0, 0.0, factor * dphi1)
+                    dphi2 = gl.where(factor == 0, 0.0, factor * dphi2)
+            d_value, dphi1, dphi2 = _add_state(s_k, s_v, s_e1, s_e2, d_value, dphi1, dphi2, HAS_CARRY, PAIRED)
+            d_value, dphi1, dphi2 = warpgroup_mma_wait(0, deps=[d_value, dphi1, dphi2])
+            if HAS_DOCS:
+                d_value = gl.where(runs_on[:, None], d_value, 0.0)
+                dphi1 = gl.where(runs_on[:, None], dphi1, 0.0)
+                dphi2 = gl.where(runs_on[:, None], dphi2, 0.0)
+            # A warpgroup has waited for its own products; the other's read the same states, whose place others take.
+            barrier()
 
-        # The chunk's own queries, one head after the other; the next head's features while this one's are multiplied.
-        s_q1 = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
-        s_q2 = s_q1
+        # The chunk's own queries, one head after the other.
+        s_do, s_phi1 = _two_tiles(C, D, APART), _two_tiles(C, D, APART)
+        s_phi2 = s_phi1
         if PAIRED:
-            s_q2 = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
+            s_phi2 = _two_tiles(C, D, APART)
         s_p = gl.allocate_shared_memory(gl.bfloat16, [C, C], shared_layout(C))
         s_ds = gl.allocate_shared_memory(gl.bfloat16, [C, C], shared_layout(C))
-        _map_queries(s_q.index(0), s_q1.index(0), logs1, 1.0, C, D, MAP)
-        if PAIRED:
-            _map_queries(s_q.index(0), s_q2.index(0), logs2, -1.0, C, D, MAP)
-        for r in range(0, R - 1):
-            logs1, logs2 = load_logs(logs, bg * R + r + 1, t_row, T, heads, MAP, PAIRED)
-            async_copy.wait_group(0)
-            copy_rows(s_do.index((r + 1) % 2), do + (r + 1) * do_sh, do_st, n * C, 0, T, C, D, WARPS)
-            # The last round copies nothing: its bounds are empty.
-            copy_rows(s_q.index(r % 2), q + (r + 2) * q_sh, q_st, n * C, 0, gl.where(r + 2 < R, T, 0), C, D, WARPS)
-            async_copy.commit_group()
-            d_value, dphi1, dphi2 = _add_head(
-                s_k1, s_k2, s_v, s_q, s_do.index(r % 2), s_q1, s_q2, s_p, s_ds, d_value, dphi1, dphi2, pairs, r,
-                logs1, logs2, True, C, D, MAP, MEAN, PAIRED,
-            )  # fmt: skip
+        s_part = s_p
+        if STREAMED:
+            s_part = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
+        one, two = (s_q[0], s_do[0], s_phi1[0], s_phi2[0]), (s_q[1], s_do[1], s_phi1[1], s_phi2[1])
+        one[1].store(rename(bf16_of(d_out, TILE), C, D))
+        d_out = load_pairs(do + do_sh, do_st, n * C, 0, T if R > 1 else 0, C, D, TILE)
         async_copy.wait_group(0)
-        d_value, dphi1, dphi2 = _add_head(
-            s_k1, s_k2, s_v, s_q, s_do.index((R - 1) % 2), s_q1, s_q2, s_p, s_ds, d_value, dphi1, dphi2, pairs, R - 1,
-            logs1, logs2, False, C, D, MAP, MEAN, PAIRED,
-        )  # fmt: skip
+        _map_queries(one[0], one[2], logs1, 1.0, C, D, MAP)
+        if PAIRED:
+            _map_queries(one[0], one[3], logs2, -1.0, C, D, MAP)
+        if not APART:
+            for r in range(0, ALONE):
+                now, then = _places(s_q, s_do, s_phi1, s_phi2, r)
+                d_value, dphi1, dphi2, d_out = _add_head(
+                    s_k, s_v, now, then, s_p, s_ds, s_part, states, d_value, dphi1, dphi2, d_out, pairs,
+                    r, q, q_st, q_sh, do, do_st, do_sh, n, T, logs, bg * R, True, 0, R, C, D, MAP, MEAN, PAIRED,
+                )  # fmt: skip
+        if STREAMED:
+            # Half a state beside each head, from behind the segment first. Behind the last head nothing is read, and
+            # mapped for no one: a branch would cost more.
+            for pair in range(0, FILLED // 2):
+                part = states + made_here((bg * N + n).to(gl.int32)).to(gl.int64) * F * D
+                if HAS_CARRY:
+                    behind = carry + made_here(border.to(gl.int32)).to(gl.int64) * F * D
+                    part = gl.where(pair == 0, behind, part)
+                d_value, dphi1, dphi2, d_out = _add_head(
+                    s_k, s_v, one, two, s_p, s_ds, s_part, part, d_value, dphi1, dphi2, d_out, pairs,
+                    ALONE + 2 * pair, q, q_st, q_sh, do, do_st, do_sh, n, T, logs, bg * R,
+                    True, 1, R, C, D, MAP, MEAN, PAIRED,
+                )  # fmt: skip
+                d_value, dphi1, dphi2, d_out = _add_head(
+                    s_k, s_v, two, one, s_p, s_ds, s_part, part + D * D, d_value, dphi1, dphi2, d_out, pairs,
+                    ALONE + 2 * pair + 1, q, q_st, q_sh, do, do_st, do_sh, n, T, logs, bg * R,
+                    True, 2, R, C, D, MAP, MEAN, PAIRED,
+                )  # fmt: skip
+        else:
+            now, then = _places(s_q, s_do, s_phi1, s_phi2, R - 1)
+            d_value, dphi1, dphi2, d_out = _add_head(
+                s_k, s_v, now, then, s_p, s_ds, s_part, states, d_value, dphi1, dphi2, d_out, pairs,
+                R - 1, q, q_st, q_sh, do, do_st, do_sh, n, T, logs, bg * R, False, 0, R, C, D, MAP, MEAN, PAIRED,
+            )  # fmt: skip
+
+        async_copy.wait_group(0)
 
         # Rows behind the last query hold keys that none of them reads.
-        key = load_tile(k, k_st, n * C - lag, 0, T - lag, C, D, WIDE)
+        this, first = made_here(gl.program_id(1)), made_here(gl.program_id(0)) * C
+        b, g = (this // G).to(gl.int64), (this % G).to(gl.int64)
+        key = load_pairs(k + b * k_sb + g * k_sg, k_st, first - lag, 0, T - lag, C, D, WIDE)
+        w_t = first + gl.arange(0, C, gl.SliceLayout(1, WIDE))
+        reads = (w_t < T) & (w_t >= lag)
+        d_value = to_memory(d_value, C, D, WIDE)
         if MAP == _SOFTMAX:
-            mean = s_mean.load(gl.SliceLayout(0, ACC))
-            d_value += gl.where(runs_on[:, None], mean[None, :], 0.0)
-        a_t = n * C + gl.arange(0, C, gl.SliceLayout(1, ACC))
-        d_value = gl.where(((a_t < T) & (a_t >= lag))[:, None], d_value, 0.0)
-        d_value = _with_other(d_value, dv_other, dvo_st, n * C - lag, M, C, D, ACC)
-        store_tile(dv, G * D, n * C - lag, d_value, 0, M, C, D, ACC)
-        d_key = feature_map_bwd(key, to_memory(dphi1, C, D, WIDE), 1.0, MAP)
+            mean = s_mean.load(gl.SliceLayout(0, WIDE))[None, :]
+            if HAS_DOCS:
+                mean = gl.where(gl.convert_layout(runs_on, gl.SliceLayout(1, WIDE))[:, None], mean, 0.0)
+            d_value += mean
+        d_value = gl.where(reads[:, None], d_value, 0.0)
+        d_value = _with_other(d_value, dv_other, b, g, dvo_sb, dvo_sg, dvo_st, first - lag, M, C, D, WIDE)
+        store_tile(dv + (b * M * G + g) * D, G * D, first - lag, d_value, 0, M, C, D, WIDE)
+        logs1 = s_logs1.load(gl.SliceLayout(1, WIDE))
+        dphi1 = to_memory(dphi1, C, D, WIDE)
         if PAIRED:
-            d_key += feature_map_bwd(key, to_memory(dphi2, C, D, WIDE), -1.0, MAP)
-        w_t = n * C + gl.arange(0, C, gl.SliceLayout(1, WIDE))
-        d_key = gl.where(((w_t < T) & (w_t >= lag))[:, None], d_key, 0.0)
-        d_key = _with_other(d_key, dk_other, dko_st, n * C - lag, M, C, D, WIDE)
-        store_tile(dk, G * D, n * C - lag, d_key, 0, M, C, D, WIDE)
+            logs2 = s_logs2.load(gl.SliceLayout(1, WIDE))
+            d_key = feature_map_bwd_of_both(key, dphi1, to_memory(dphi2, C, D, WIDE), logs1, logs2, MAP, WIDE)
+        else:
+            d_key = feature_map_bwd(key, dphi1, logs1, 1.0, MAP, WIDE)
+        d_key = gl.where(reads[:, None], d_key, 0.0)
+        d_key = _with_other(d_key, dk_other, b, g, dko_sb, dko_sg, dko_st, first - lag, M, C, D, WIDE)
+        store_tile(dk + (b * M * G + g) * D, G * D, first - lag, d_key, 0, M, C, D, WIDE)
 
 
 def launch_hopper_dkv(

@@ -12,14 +12,19 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from scan_kernels.kernels.hopper_common import (
     _SOFTMAX,
+    bf16_of,
     copy_rows,
     feature_map,
     feature_map_bwd,
+    halves_of,
     is_bad,
+    join_halves,
     key_document,
     load_logs,
-    load_tile,
+    load_pairs,
+    made_here,
     operand_layout,
+    pairs_of,
     product_layout,
     rename,
     shared_layout,
@@ -44,9 +49,10 @@ def _copy_state(s_1, s_2, state, D: gl.constexpr, PAIRED: gl.constexpr):
 @gluon.jit
 def _share_features(s_1, s_2, x, C: gl.constexpr, D: gl.constexpr, MAP: gl.constexpr, PAIRED: gl.constexpr):
     """phi(x) in shared memory, a tile for each half."""
-    s_1.store(rename(feature_map(x, 1.0, MAP, D).to(gl.bfloat16), C, D))
+    TILE: gl.constexpr = tile_layout(C, D, WARPS)
+    s_1.store(rename(feature_map(x, 1.0, MAP, D, TILE).to(gl.bfloat16), C, D))
     if PAIRED:
-        s_2.store(rename(feature_map(x, -1.0, MAP, D).to(gl.bfloat16), C, D))
+        s_2.store(rename(feature_map(x, -1.0, MAP, D, TILE).to(gl.bfloat16), C, D))
 
 
 @gluon.jit
@@ -101,19 +107,19 @@ def hopper_output_kernel(
 
     # The chunk's keys. A masked score is 0, but 0 * NaN is NaN: keys and values that are not finite leave the products,
     # and set those who may read them to NaN below.
-    key = load_tile(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE)
-    value = load_tile(v + b * v_sb + g * v_sg, v_st, n * C - lag, 0, T - lag, C, D, TILE)
+    key = load_pairs(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE)
+    value = load_pairs(v + b * v_sb + g * v_sg, v_st, n * C - lag, 0, T - lag, C, D, TILE)
     q += b * q_sb + g * R * q_sh
-    query = load_tile(q, q_st, n * C, 0, T, C, D, TILE)
+    query = load_pairs(q, q_st, n * C, 0, T, C, D, TILE)
     if MAP == _SOFTMAX:
         o_m = gl.arange(0, D, gl.BlockedLayout([1], [32], [WARPS], [0]))
         mean = MEAN * gl.load(sums + (bg * N + n) * D + o_m)
         s_mean = gl.allocate_shared_memory(gl.float32, [D], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         s_mean.store(mean)
     bad = gl.maximum(is_bad(key), is_bad(value))
-    s_v.store(rename(gl.where(bad[:, None] != 0, 0.0, value).to(gl.bfloat16), C, D))
+    s_v.store(rename(bf16_of(gl.where(bad[:, None] != 0, 0, value), TILE), C, D))
     any_bad = gl.max(bad, 0)
-    _share_features(s_k1, s_k2, gl.where(bad[:, None] != 0, 0.0, key), C, D, MAP, PAIRED)
+    _share_features(s_k1, s_k2, gl.where(bad[:, None] != 0, 0, key), C, D, MAP, PAIRED)
     pairs, reads = _masks(
         query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
     )
@@ -121,14 +127,14 @@ def hopper_output_kernel(
     async_copy.wait_group(0)
     fence_async_shared()
     for r in range(0, R):
-        b_q1 = gl.convert_layout(rename(feature_map(query, 1.0, MAP, D).to(gl.bfloat16), C, D), LEFT)
+        b_q1 = gl.convert_layout(rename(feature_map(query, 1.0, MAP, D, TILE).to(gl.bfloat16), C, D), LEFT)
         scores = warpgroup_mma(
             b_q1, s_k1.permute([1, 0]), gl.zeros([C, C], gl.float32, SCORES), use_acc=False, is_async=True
         )
         if PAIRED:
-            b_q2 = gl.convert_layout(rename(feature_map(query, -1.0, MAP, D).to(gl.bfloat16), C, D), LEFT)
+            b_q2 = gl.convert_layout(rename(feature_map(query, -1.0, MAP, D, TILE).to(gl.bfloat16), C, D), LEFT)
         out = warpgroup_mma(b_q1, s_s1, gl.zeros([C, D], gl.float32, ACC), use_acc=False, is_async=True)
-        query = load_tile(q + (r + 1) * q_sh, q_st, n * C, 0, gl.where(r + 1 < R, T, 0), C, D, TILE)
+        query = load_pairs(q + (r + 1) * q_sh, q_st, n * C, 0, gl.where(r + 1 < R, T, 0), C, D, TILE)
         if PAIRED:
             scores = warpgroup_mma(b_q2, s_k2.permute([1, 0]), scores, is_async=True)
             out = warpgroup_mma(b_q2, s_s2, out, is_async=True)
@@ -185,29 +191,28 @@ def hopper_dq_kernel(
     _copy_state(s_s1, s_s2, states + (bg * N + n) * F * D, D, PAIRED)
 
     # The chunk's keys. A masked product may still be 0 * NaN, so keys that are not finite leave them.
-    key = load_tile(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE, gl.int64)
-    value = load_tile(v + b * v_sb + g * v_sg, v_st, n * C - lag, 0, T - lag, C, D, TILE, gl.int64)
-    do += b * do_sb + g * R * do_sh
-    d_out = load_tile(do, do_st, n * C, 0, T, C, D, TILE, gl.int64)
+    key = load_pairs(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE)
+    value = load_pairs(v + b * v_sb + g * v_sg, v_st, n * C - lag, 0, T - lag, C, D, TILE)
+    d_out = load_pairs(do + b * do_sb + g * R * do_sh, do_st, n * C, 0, T, C, D, TILE)
     bad = is_bad(key)
-    s_v.store(rename(value.to(gl.bfloat16), C, D))
+    s_v.store(rename(bf16_of(value, TILE), C, D))
     any_bad = gl.max(bad, 0)
-    _share_features(s_k1, s_k2, gl.where(bad[:, None] != 0, 0.0, key), C, D, MAP, PAIRED)
+    _share_features(s_k1, s_k2, gl.where(bad[:, None] != 0, 0, key), C, D, MAP, PAIRED)
     pairs, reads = _masks(
         query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
     )
-    q += b * q_sb + g * R * q_sh
-    dq += (b * T * G * R + g * R) * D
-    if dq_other is not None:
-        dq_other += b * dqo_sb + g * R * dqo_sh
-    t_row = n * C + gl.arange(0, C, gl.SliceLayout(1, TILE))
+    o_c = gl.arange(0, C, gl.SliceLayout(1, TILE))
+    query = load_pairs(q + b * q_sb + g * R * q_sh, q_st, n * C, 0, T, C, D, TILE)
     heads = gl.num_programs(1).to(gl.int64) * R
     async_copy.wait_group(0)
     fence_async_shared()
+    # Addresses are made where they are used, from these: kept, they take a fifth of the registers that there are.
+    small_b, small_g = b.to(gl.int32), g.to(gl.int32)
     for r in range(0, R):
-        b_do = gl.convert_layout(rename(d_out.to(gl.bfloat16), C, D), LEFT)
-        query = load_tile(q + r * q_sh, q_st, n * C, 0, T, C, D, TILE, gl.int64)
-        logs1, logs2 = load_logs(logs, bg * R + r, t_row, T, heads, MAP, PAIRED)
+        b, g = made_here(small_b).to(gl.int64), made_here(small_g).to(gl.int64)
+        first = made_here(n * C)
+        b_do = gl.convert_layout(rename(bf16_of(d_out, TILE), C, D), LEFT)
+        logs1, logs2 = load_logs(logs, (b * G + g) * R + r, first + o_c, T, heads, MAP, PAIRED)
         d_scores = warpgroup_mma(
             b_do, s_v.permute([1, 0]), gl.zeros([C, C], gl.float32, SCORES), use_acc=False, is_async=True
         )
@@ -222,8 +227,9 @@ def hopper_dq_kernel(
         dphi = warpgroup_mma(b_ds, s_k1, dphi, is_async=True)
         dphi = warpgroup_mma_wait(0, deps=[dphi])
         # Three tiles in fp32 are as many registers as there are: the first half waits in bf16.
-        d_query = feature_map_bwd(query, to_memory(dphi, C, D, TILE), 1.0, MAP, logs1).to(gl.bfloat16)
+        d_query = feature_map_bwd(query, to_memory(dphi, C, D, TILE), logs1, 1.0, MAP, TILE)
         if PAIRED:
+            waiting = pairs_of(d_query)
             dphi2 = warpgroup_mma(
                 b_do, s_s2.permute([1, 0]), gl.zeros([C, D], gl.float32, ACC), use_acc=False, is_async=True
             )
@@ -232,22 +238,28 @@ def hopper_dq_kernel(
                 dphi2 = gl.where(reads[:, None], dphi2, 0.0)
             dphi2 = warpgroup_mma(b_ds, s_k2, dphi2, is_async=True)
             dphi2 = warpgroup_mma_wait(0, deps=[dphi2])
-            d_query = d_query.to(gl.float32) + feature_map_bwd(query, to_memory(dphi2, C, D, TILE), -1.0, MAP, logs2)
+            even, odd = halves_of(waiting)
+            d_query = join_halves(even, odd, TILE) + feature_map_bwd(
+                query, to_memory(dphi2, C, D, TILE), logs2, -1.0, MAP, TILE
+            )
+        upper = gl.where(r + 1 < R, T, 0)
         if dq_other is None:
-            d_out = load_tile(do + (r + 1) * do_sh, do_st, n * C, 0, gl.where(r + 1 < R, T, 0), C, D, TILE, gl.int64)
+            d_out = load_pairs(do + b * do_sb + (g * R + r + 1) * do_sh, do_st, first, 0, upper, C, D, TILE, True)
+            query = load_pairs(q + b * q_sb + (g * R + r + 1) * q_sh, q_st, first, 0, upper, C, D, TILE, True)
         if any_bad != 0:
-            key = load_tile(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE)
+            key = load_pairs(k + b * k_sb + g * k_sg, k_st, first - lag, 0, T - lag, C, D, TILE, True)
             bad_j = gl.convert_layout(is_bad(key), gl.SliceLayout(0, SCORES))
             reads_bad = gl.max((pairs & (bad_j != 0)[None, :]).to(gl.int32), 1)
             reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
             d_query = gl.where((reads_bad != 0)[:, None], float("nan"), d_query)
         if dq_other is not None:
-            # Last of all, and do behind it: both ahead of the store took registers from the loop (.016 of .32 ms).
-            other = load_tile(dq_other + r * dqo_sh, dqo_st, n * C, 0, T, C, D, TILE, gl.int64)
-            d_query = d_query.to(gl.float32) + other.to(gl.float32)
-        store_tile(dq + r * D, G * R * D, n * C, d_query, 0, T, C, D, TILE, gl.int64)
+            # Last of all, and the next loads behind it: ahead of the store they took registers from the loop.
+            other = load_pairs(dq_other + b * dqo_sb + (g * R + r) * dqo_sh, dqo_st, first, 0, T, C, D, TILE, True)
+            d_query = d_query + bf16_of(other, TILE).to(gl.float32)
+        store_tile(dq + (b * T * G * R + g * R + r) * D, G * R * D, first, d_query, 0, T, C, D, TILE, True)
         if dq_other is not None:
-            d_out = load_tile(do + (r + 1) * do_sh, do_st, n * C, 0, gl.where(r + 1 < R, T, 0), C, D, TILE, gl.int64)
+            d_out = load_pairs(do + b * do_sb + (g * R + r + 1) * do_sh, do_st, first, 0, upper, C, D, TILE, True)
+            query = load_pairs(q + b * q_sb + (g * R + r + 1) * q_sh, q_st, first, 0, upper, C, D, TILE, True)
 
 
 def launch_hopper_output(sizes: Sizes, x: Tensors, states: States, o: Tensor, config: Config) -> Launch:

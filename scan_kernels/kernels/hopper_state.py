@@ -14,19 +14,27 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 
 from scan_kernels.kernels.hopper_common import (
     _SOFTMAX,
+    barrier,
     column_of,
     copy_rows,
     feature_map_and_logs,
     key_document,
+    pair_layout,
     product_layout,
     rename,
     shared_layout,
     tile_layout,
     to_memory,
+    words_of,
 )
 from scan_kernels.kernels.launch import Config, Launch, Sizes, Tensors, strides
 
@@ -45,20 +53,21 @@ def _read_layout(C, D, WARPS):
 
 
 @gluon.constexpr_function
-def _column_layout(C, D, WARPS):
-    """Of a tile whose columns are summed: a thread holds two columns of 16 rows."""
-    registers = [[0, 1]] + [[1 << i, 0] for i in range(4)]
-    lanes = [[0, 2 << i] for i in range(5)]
-    warps = [[0, 64 << i] for i in range(D.bit_length() - 7)] + [[16 << i, 0] for i in range(C.bit_length() - 5)]
-    assert 1 << len(warps) == WARPS
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [C, D])
+def _column_layout(C, COLUMNS, WARPS):
+    """Of a tile whose columns are summed: a warp has all rows of its columns, so that no sum leaves it."""
+    columns = COLUMNS // WARPS
+    registers = [[0, 1]] + [[0, 8 << i] for i in range(columns.bit_length() - 4)]
+    registers += [[8 << i, 0] for i in range(C.bit_length() - 4)]
+    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    warps = [[0, columns << i] for i in range(WARPS.bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [C, COLUMNS])
 
 
 @gluon.jit
-def _column_sums(tile, C: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr):
-    """(C / 16, D) fp32 sums over 16 rows each, from a tile in shared memory."""
-    x = tile.load(_column_layout(C, D, WARPS)).to(gl.float32)
-    return gl.sum(gl.reshape(x, [C // 16, 16, D]), 1)
+def _column_sums(tile, C: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
+    """(8, COLUMNS) fp32: sums over every eighth row, those that a thread holds, of a tile in shared memory."""
+    x = tile.load(_column_layout(C, COLUMNS, WARPS)).to(gl.float32)
+    return gl.sum(gl.reshape(x, [C // 8, 8, COLUMNS]), 0)
 
 
 @gluon.jit
@@ -71,13 +80,16 @@ def hopper_state_kernel(
 ):  # fmt: skip
     """x, y: keys and values (R = 1), or, BACKWARD, the group's queries and their gradients."""
     READ: gl.constexpr = _read_layout(C // 2, D, WARPS)
+    WORDS: gl.constexpr = pair_layout(READ)
     OUT: gl.constexpr = tile_layout(D, D, WARPS)
     HALVES: gl.constexpr = F // D
     SUMS: gl.constexpr = MAP == _SOFTMAX
+    # Every program sums its share of the values' columns, where that is a tile of its own.
+    COLUMNS: gl.constexpr = D // HALVES if D // HALVES >= 64 else D
     segment, half, bg = gl.program_id(0) // HALVES, gl.program_id(0) % HALVES, gl.program_id(1).to(gl.int64)
     segments = gl.num_programs(0) // HALVES
     b, g = bg // G, bg % G
-    SIGN = gl.where(half == 0, 1.0, -1.0)
+    signs = gl.where(half == 0, 0, -0x7FFF8000)  # phi(-x): the sign bits of a pair
     x += b * x_sb + g * R * x_sh
     y += b * y_sb + g * R * y_sh
     if logs is not None:
@@ -90,13 +102,19 @@ def hopper_state_kernel(
     s_x = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
     s_y = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
     s_phi = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
+    # 64 columns of a tile lie behind the 64 before them.
+    s_columns = s_y
+    if COLUMNS != D:
+        s_columns = s_y._reinterpret(gl.bfloat16, [2 * HALVES, C, COLUMNS], shared_layout(COLUMNS))
+    share_of_columns = half if COLUMNS != D else 0
+    writes_sums = (half == 0) | (COLUMNS != D)
 
     state_rows = half * D + column_of(gl.arange(0, D, gl.SliceLayout(1, OUT)))
     o_state = (state_rows * D)[:, None] + gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :]
     state = gl.zeros([D, D], gl.float32, product_layout(D, WARPS))
-    sums = gl.zeros_like(_column_sums(s_phi, C, D, WARPS))
+    sums = gl.zeros_like(_column_sums(s_columns.index(0), C, COLUMNS, WARPS))
     first_sum = gl.sum(sums, 0)
-    o_sum = gl.arange(0, D, first_sum.type.layout)
+    o_sum = share_of_columns * COLUMNS + gl.arange(0, COLUMNS, first_sum.type.layout)
     first = segment * SEGMENT
     last = gl.minimum(first + SEGMENT, N) - 1
     if HAS_CARRY:
@@ -106,7 +124,8 @@ def hopper_state_kernel(
         if SUMS:
             first_sum = gl.load(carry_sums + border * D + o_sum)
 
-    steps = (last - first + 1) * R
+    # A segment has a chunk: a way around the loop would make the compiler wait for each product where it begins.
+    steps = gl.maximum((last - first + 1) * R, 1)
     o_c = gl.arange(0, C // 2, gl.SliceLayout(1, READ))
     # Row i of a chunk is key i - lag, or query i.
     shift = 0 if BACKWARD else lag
@@ -115,7 +134,9 @@ def hopper_state_kernel(
     copy_rows(s_y.index(0), y, y_st, n * C - shift, 0, T - shift, C, D, WARPS)
     async_copy.commit_group()
     share = 1.0
-    # The chunks in order, or backwards and in each the group's heads.
+    # The chunks in order, or backwards and in each the group's heads. A step's features are made while the tensor cores
+    # still multiply the step before.
+    product = warpgroup_mma_init(state)
     for step in range(0, steps):
         if BACKWARD:
             n, r = last - step // R, step % R
@@ -124,57 +145,69 @@ def hopper_state_kernel(
             n, r = first + step, 0
             n_next, r_next = n + 1, 0
         buffer = step % 2
+        # The last round copies nothing: its bounds are empty.
+        upper = gl.where(step + 1 < steps, T - shift, 0)
         async_copy.wait_group(0)
-        if step + 1 < steps:
-            copy_rows(s_x.index(1 - buffer), x + r_next * x_sh, x_st, n_next * C - shift, 0, T - shift, C, D, WARPS)
-            copy_rows(s_y.index(1 - buffer), y + r_next * y_sh, y_st, n_next * C - shift, 0, T - shift, C, D, WARPS)
-            async_copy.commit_group()
+        copy_rows(s_x.index(1 - buffer), x + r_next * x_sh, x_st, n_next * C - shift, 0, upper, C, D, WARPS)
+        rows = words_of(s_x.index(buffer), C, D)
+        phi1, logs1 = feature_map_and_logs(rows.slice(0, C // 2, dim=0).load(WORDS) ^ signs, 1.0, MAP, D, READ)
+        phi1 = phi1.to(gl.bfloat16)
+        phi2, logs2 = feature_map_and_logs(rows.slice(C // 2, C // 2, dim=0).load(WORDS) ^ signs, 1.0, MAP, D, READ)
+        phi2 = phi2.to(gl.bfloat16)
+        state = warpgroup_mma_wait(0, deps=[product])
+        # A warpgroup has waited for its own product; the other's reads the same rows.
+        barrier()
+        copy_rows(s_y.index(1 - buffer), y + r_next * y_sh, y_st, n_next * C - shift, 0, upper, C, D, WARPS)
+        async_copy.commit_group()
+        if logs is not None:
+            t_row = n * C + o_c
+            gl.store(logs + r * T + t_row, logs1, mask=t_row < T)
+            gl.store(logs + r * T + t_row + C // 2, logs2, mask=t_row + C // 2 < T)
         if HAS_DOCS:
             before = key_document(key_doc, doc_st, carried, n * C - 1, lag, T)
             behind = key_document(key_doc, doc_st, carried, n * C + C - 1, lag, T)
-        for i in gl.static_range(2):
-            part = s_x.index(buffer).slice(i * C // 2, C // 2, dim=0)
-            phi, row_logs = feature_map_and_logs(part.load(READ), SIGN, MAP, D)
-            if logs is not None:
-                t_row = n * C + i * C // 2 + o_c
-                gl.store(logs + r * T + t_row, row_logs, mask=t_row < T)
-            if HAS_DOCS:
-                # Another document's NaN must not pass: its rows leave both factors of the product.
+            # Another document's NaN must not pass: its rows leave both factors of the product.
+            for i in gl.static_range(2):
                 o_i = n * C + i * C // 2 + o_c
                 if BACKWARD:
                     counts = gl.load(query_doc + o_i.to(gl.int64) * qdoc_st, mask=o_i < T, other=0) == before
                 else:
                     counts = key_document(key_doc, doc_st, carried, o_i, lag, T) == behind
-                phi = gl.where(counts[:, None], phi, 0.0)
+                if i == 0:
+                    phi1 = gl.where(counts[:, None], phi1, 0.0).to(gl.bfloat16)
+                else:
+                    phi2 = gl.where(counts[:, None], phi2, 0.0).to(gl.bfloat16)
                 part = s_y.index(buffer).slice(i * C // 2, C // 2, dim=0)
                 part.store(gl.where(counts[:, None], part.load(READ), 0.0))
-            s_phi.slice(i * C // 2, C // 2, dim=0).store(phi.to(gl.bfloat16))
+        s_phi.slice(0, C // 2, dim=0).store(phi1)
+        s_phi.slice(C // 2, C // 2, dim=0).store(phi2)
         fence_async_shared()
-        if r == 0:
-            if states is not None:
-                out = to_memory(state.to(gl.bfloat16), D, D, OUT)
-                gl.store(states + (bg * N + n) * F * D + o_state, out)
-                if half == 0:
-                    if SUMS:
-                        gl.store(value_sums + (bg * N + n) * D + o_sum, first_sum + gl.sum(sums, 0))
-                    if factors is not None:
-                        gl.store(factors + bg * N + n, share)
-            if HAS_DOCS:
-                factor = gl.where(before == behind, 1.0, 0.0)
-                state = gl.where(factor == 0, 0.0, state)
-                sums = gl.where(factor == 0, 0.0, sums)
-                first_sum = gl.where(factor == 0, 0.0, first_sum)
-                share = share * factor
-        if SUMS and half == 0:
-            sums += _column_sums(s_y.index(buffer), C, D, WARPS)
-        state = warpgroup_mma(s_phi.permute([1, 0]), s_y.index(buffer), state)
+        # A branch around the state would make the compiler wait for each product where it begins.
+        begins = r == 0
+        if states is not None:
+            out = to_memory(state.to(gl.bfloat16), D, D, OUT)
+            gl.store(states + (bg * N + n) * F * D + o_state, out, mask=(o_state >= 0) & begins)
+            if SUMS:
+                p_sums = value_sums + (bg * N + n) * D + o_sum
+                gl.store(p_sums, first_sum + gl.sum(sums, 0), mask=(o_sum >= 0) & (begins & writes_sums))
+            if factors is not None:
+                gl.store(factors + bg * N + n, share, mask=begins & (half == 0))
+        if HAS_DOCS:
+            factor = gl.where(begins & (before != behind), 0.0, 1.0)
+            state = gl.where(factor == 0, 0.0, state)
+            sums = gl.where(factor == 0, 0.0, sums)
+            first_sum = gl.where(factor == 0, 0.0, first_sum)
+            share = share * factor
+        product = warpgroup_mma(s_phi.permute([1, 0]), s_y.index(buffer), state, is_async=True)
+        if SUMS:
+            sums += _column_sums(s_columns.index(D // COLUMNS * buffer + share_of_columns), C, COLUMNS, WARPS)
+    state = warpgroup_mma_wait(0, deps=[product])
     if totals is not None:
         p_total = totals + (bg * segments + segment) * (F + 1) * D
         gl.store(p_total + o_state, to_memory(state, D, D, OUT))
-        if half == 0:
-            gl.store(p_total + F * D + o_sum, first_sum + gl.sum(sums, 0))
-            if HAS_DOCS:
-                gl.store(total_factors + bg * segments + segment, share)
+        gl.store(p_total + F * D + o_sum, first_sum + gl.sum(sums, 0), mask=(o_sum >= 0) & writes_sums)
+        if HAS_DOCS and half == 0:
+            gl.store(total_factors + bg * segments + segment, share)
 
 
 def reorder_state(state: Tensor, D: int) -> Tensor:

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import decode, run
+from benchmarks import run
 from flexrattn import build_model_config, make_layers, resolve_flavor
 from flexrattn.decode import DecodeCache, decode_step, prefill
 from flexrattn.decode.checkpoint import empty_model
@@ -270,10 +270,21 @@ def test_no_host_sync_and_one_graph_launch_a_token():
     assert not [name for name in calls if any(part in name for part in unwanted)], calls
 
 
+def kernel_seconds(call) -> float:
+    """Time of the kernels of one call: the host's share depends on what else it does."""
+    call()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(5):
+            call()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 5e6
+
+
 def test_prefill_takes_what_the_forward_takes():
     """On the kernels of training: logits of all tokens, the caches besides."""
     B, T = 4, 8192
-    model = build(dtype=torch.bfloat16, max_length=T)
+    model = build(dtype=torch.bfloat16, max_length=T, head_dim=128)
     tokens, positions = tokens_of(B, T), torch.arange(T, device="cuda").expand(B, T)
     cache = cache_of(model, rows=B, max_length=T)
 
@@ -285,7 +296,7 @@ def test_prefill_takes_what_the_forward_takes():
         cache.reset(list(range(B)))
         prefill(model, cache, tokens, rows=list(range(B)), all_logits=True)
 
-    assert decode.gpu_seconds(filled, repeats=7) < 1.25 * decode.gpu_seconds(forward, repeats=7)
+    assert kernel_seconds(filled) < 1.25 * kernel_seconds(forward)
 
 
 def test_memory_of_local_layers_does_not_grow():

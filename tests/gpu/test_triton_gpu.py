@@ -69,7 +69,7 @@ def test_lengths_and_windows(dtype, D, T, window):
 def test_widths(dtype, D, Dv, everything):
     inputs = make(1000, dtype, D=D, Dv=Dv, decay=everything, start="query" if everything else "")
     ids = document_ids([random_lengths(1000, 3, 300)]).cuda() if everything else None
-    check(inputs, TOLERANCE[dtype] * (5 if everything else 1), window=60, document_ids=ids)
+    check(inputs, TOLERANCE[dtype], window=60, document_ids=ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -84,9 +84,7 @@ def test_feature_maps(dtype, feature_map):
 @pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
 def test_options(dtype, decay, start, documents):
     ids = document_ids([random_lengths(1000, 3, 300)]).cuda() if documents else None
-    # The gradient of a decay is a difference of long sums, and half precision shows in it.
-    tolerance = TOLERANCE[dtype] * (5 if decay else 1)
-    check(make(1000, dtype, decay=decay, start=start), tolerance, window=60, document_ids=ids)
+    check(make(1000, dtype, decay=decay, start=start), TOLERANCE[dtype], window=60, document_ids=ids)
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
@@ -105,6 +103,29 @@ def test_a_split_sequence_is_the_unsplit_one(documents):
 
 def test_precision_of_a_long_sequence():
     check(make(32768, q_std=0.3), 1e-2, window=512)
+
+
+@pytest.mark.parametrize("T", [1024, 4096])
+@pytest.mark.parametrize("feature_map", ["softmax", "identity"])
+@pytest.mark.parametrize("strength", [0.002, 0.2, 4.0])
+def test_gradient_of_a_decay(T, feature_map, strength):
+    """By token, and times the decay over all tokens, as a gate's rate gets it; do as behind a norm, orthogonal to o."""
+    inputs = make(T, D=64, B=2)
+    gen = torch.Generator("cuda").manual_seed(2)
+    decay = -strength * torch.rand(2, T, 2, generator=gen, device="cuda")
+    options = {"window": 128, "feature_map": feature_map}
+    ids = document_ids([random_lengths(T, 3, T), random_lengths(T, 4, T // 4)]).cuda()
+    double = {name: x.detach().double() for name, x in inputs.items()}
+    leaf = decay.double().requires_grad_()
+    o = exact(**double, decay=leaf, document_ids=ids, **options)
+    do = torch.randn(o.shape, generator=gen, device="cuda").double() + 0.1
+    unit = torch.nn.functional.normalize(o.detach(), dim=-1)
+    do = (do - (do * unit).sum(-1, keepdim=True) * unit).bfloat16()
+    (expected,) = torch.autograd.grad(o, leaf, do.double())
+    leaf = decay.clone().requires_grad_()
+    (got,) = torch.autograd.grad(fused(**inputs, decay=leaf, document_ids=ids, **options), leaf, do)
+    assert_close(got, expected, 1e-2, "each token's")
+    assert_close((got.double() * decay).sum((0, 1)), (expected * decay).sum((0, 1)), 2e-2, "their sum")
 
 
 def test_outputs_do_not_depend_on_what_memory_held():
@@ -197,7 +218,7 @@ def test_opcheck():
 @pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
 def test_kept_states(save_every, decay, documents):
     ids = document_ids([random_lengths(4097, 3, 900)]).cuda() if documents else None
-    check(make(4097, decay=decay), 5e-2 if decay else 1e-2, window=60, document_ids=ids, save_every=save_every)
+    check(make(4097, decay=decay), 1e-2, window=60, document_ids=ids, save_every=save_every)
 
 
 def test_auto_takes_triton():

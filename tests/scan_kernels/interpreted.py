@@ -16,7 +16,7 @@ from scan_kernels.fused_ops import fused_bwd, fused_fwd
 from scan_kernels.kernels import branch_sum as branch_sum_kernels
 from scan_kernels.kernels import configs, state_scan
 from scan_kernels.kernels.launch import Config
-from tests.scan_kernels import branch_sum_cases, shared_inputs
+from tests.scan_kernels import branch_sum_cases, interpreted_bf16, shared_inputs
 from tests.scan_kernels.cases import (
     assert_close,
     assert_same,
@@ -154,7 +154,7 @@ def test_kept_states_change_no_gradient(save_every, extras):
     check(inputs, window=2, document_ids=ids, save_every=save_every)
 
 
-@pytest.mark.parametrize("save_every", [1, 2, 8])
+@pytest.mark.parametrize("save_every", [0, 1, 2, 8])
 def test_kept_states_of_a_continued_sequence(save_every):
     inputs = inputs_of(41, decay=True, start="kv")
 
@@ -252,7 +252,7 @@ def test_opcheck_with_another_reader():
     torch.library.opcheck(torch.ops.scan_kernels.fused_with_inputs.default, (q, k, v, *plain, 3, "softmax", 1))
     with torch.no_grad():
         do, others = torch.ones_like(q), (torch.ones_like(q), None, torch.ones_like(v))
-        torch.library.opcheck(fused_bwd, (do, None, q, k, v, *plain, None, None, None, *others, 3, "softmax", 0))
+        torch.library.opcheck(fused_bwd, (do, None, q, k, v, *plain, None, None, *others, 3, "softmax", 0))
 
 
 @pytest.mark.parametrize(
@@ -350,3 +350,54 @@ def test_branch_sum_opcheck():
     x = branch_sum_cases.make((2, 3, 3, 16), torch.float32)
     tensors = [x[name].transpose(0, 1) for name in "ab"] + [x[f"weight_{name}"] for name in "ab"]
     torch.library.opcheck(branch_sum_fwd, (*(tensor.detach().requires_grad_() for tensor in tensors), 1e-8))
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "identity"])
+@pytest.mark.parametrize("extras", ["", "norm", "strong", "all"])
+def test_gradient_of_a_decay_in_bf16(feature_map, extras, monkeypatch):
+    """By token, and times the decay over all tokens, which is what a gate's rate gets.
+
+    norm: do is orthogonal to o, as behind a norm, so that all that a query reads cancels. all: documents, a start
+    state, and a final state that counts, too.
+    """
+    interpreted_bf16.correct(monkeypatch)
+    T, options = 130, {"window": 5, "feature_map": feature_map, "save_every": {"": 0, "norm": 1}.get(extras, 2)}
+    exact = inputs_of(T, B=1, G=2, decay=True, start="kv" if extras == "all" else "", feature_map=feature_map)
+    rounded = {name: x.detach().to(torch.bfloat16 if name in "qkv" else torch.float32) for name, x in exact.items()}
+    if extras == "strong":
+        rounded["decay"] *= 20
+    if extras == "all":
+        options["document_ids"] = document_ids([[1, 40, 30, 59]])
+    leaves = {name: x.double().requires_grad_() for name, x in rounded.items()}
+
+    def results(inputs, impl) -> tuple[Tensor, ...]:
+        if extras != "all":
+            return (residual_linear_attention(**inputs, **options, impl=impl),)
+        o, state = residual_linear_attention(**inputs, **options, return_final_state=True, impl=impl)
+        return o, state.carried_BGFD
+
+    found = results(leaves, "torch")
+    ends = [output_gradient(x.detach()).bfloat16().double() for x in found]
+    if extras == "norm":
+        o = found[0].detach()
+        ends[0] -= (ends[0] * o).sum(-1, keepdim=True) / (o * o).sum(-1, keepdim=True).clamp(min=1e-30) * o
+        ends[0] = ends[0].bfloat16().double()
+    (expected,) = torch.autograd.grad(found, leaves["decay"], ends)
+    leaves = {name: x.requires_grad_() for name, x in rounded.items()}
+    found = results(leaves, "triton")
+    ends = [end.to(x.dtype) for end, x in zip(ends, found, strict=True)]
+    (got,) = torch.autograd.grad(found, leaves["decay"], ends)
+    assert_close(got, expected, 1e-2, "each token's")
+    decay = rounded["decay"].detach().double()
+    assert_close((got * decay).sum((0, 1)), (expected * decay).sum((0, 1)), 2e-2, "their sum")
+
+
+@pytest.mark.parametrize("save_every", [1, 2])
+def test_a_second_backward_finds_the_kept_states(save_every):
+    """The gradients of states are written over those that a backward made itself, not over the forward's."""
+    inputs = cast(inputs_of(40, B=1, decay=True), torch.float32)
+    o = residual_linear_attention(**inputs, window=2, impl="triton", save_every=save_every)
+    first, second = (
+        torch.autograd.grad(o, list(inputs.values()), torch.ones_like(o), retain_graph=True) for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))

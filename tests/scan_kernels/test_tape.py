@@ -179,7 +179,7 @@ def test_a_repeated_step_launches_what_the_first_one_did(monkeypatch, documents,
             f"d{name}": empty(*x.shape) if name in joined else None for name, x in zip("qkv", inputs, strict=False)
         }
         others = OtherGrads(**shared)
-        dq, dk, dv, *_ = fused.solve_bwd(do, None, inputs, None, *states, 513, "softmax", save_every, others)
+        dq, dk, dv, *_ = fused.solve_bwd(do, None, inputs, *states, 513, "softmax", save_every, others)
         assert [x.shape for x in (o, dq, dk, dv)] == [inputs[i].shape for i in (0, 0, 1, 2)]
         known = inputs._asdict() | {
             "do": do,

@@ -14,11 +14,15 @@ import torch.nn.functional as nnf
 from torch.nn.attention import SDPBackend
 
 from benchmarks import decode as benchmark
-from flexrattn.decode import DecodeCache, decode_step, fast, prefill
+from flexrattn.decode import DecodeCache, clock, decode_step, prefill
 from flexrattn.decode.engine import EagerStepper, Engine
 from flexrattn.decode.fast import TritonStep, TritonStepper, Tuning
+from flexrattn.decode.layer import make_clock
 from flexrattn.decode.product import FusedProducts, Shape, choose_shape
 from flexrattn.decode.sampling import Sampling
+from flexrattn.decode.step import finish_step
+from scan_kernels.kernels.decode_attention import Parts
+from scan_kernels.kernels.decode_combine import launch_decode_combine
 from tests.closeness import relative_error
 from tests.flexrattn.decode.models import build, random_tokens
 
@@ -94,7 +98,7 @@ def test_products_with_their_neighbours(rows, activation):
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
     weights = [(qkv, False), (wo, False), (w2, False), (gate_up, True)]
     products = FusedProducts.build(weights, rows=rows, W=W, multiprocessors=12)
-    assert choose_shape(rows, W, K, multiprocessors=12).parts == 6
+    assert choose_shape(rows, W, K, multiprocessors=12).parts == (3 if rows <= 16 else 6)
     padded = torch.full((rows + 1, W), torch.nan)
     products = dataclasses.replace(products, h=padded[:-1], x=products.x.fill_(torch.nan))
     products.embed(token, table, norms[0])
@@ -111,19 +115,80 @@ def test_products_with_their_neighbours(rows, activation):
         acted = nnf.gelu(gate, approximate="tanh") if activation == "gelu" else nnf.silu(gate)
         gated = products.normed(gate_up, norms[1], activation=activation)
         assert relative_error(gated, acted * up) < 1e-6
-        products.launch(gated, w2, Shape(block_k=32), next_norm_W=norms[0].weight).run()
+        products.launch(gated, w2, Shape(block_n=products.square, block_k=32), next_norm_W=norms[0].weight).run()
         h = h + gated @ w2.T
         assert relative_error(products.h, h) < 1e-6
     assert padded[-1].isnan().all()
 
 
-def test_the_engine_draws_the_same():
+@pytest.mark.parametrize("splits", [1, 64, 150])
+def test_any_number_of_splits_is_put_together(splits):
+    """More than are loaded at once, some of which saw nothing; a head that saw nothing at all gives zeros."""
+    gen = torch.Generator().manual_seed(splits)
+    B, G, R, D = 2, 2, 2, 16
+    sums = torch.randn(B, G, splits, R, D, generator=gen)
+    each_max = 20 * torch.randn(B, G, splits, R, generator=gen)
+    weights = torch.rand(B, G, splits, R, generator=gen) + 0.5
+    nothing = torch.rand(B, G, splits, R, generator=gen) < 0.3
+    nothing[0, 1, :, 1] = True
+    each_max[nothing], weights[nothing], sums[nothing] = -torch.inf, 0.0, 0.0
+    out = torch.full((B, G * R, D), torch.nan)
+    parts = Parts(softmax=(sums, each_max, weights), read=None, pending=None)
+    length, active = torch.full((B,), 9), torch.ones(B, dtype=torch.bool)
+    norms = {"softmax_weight": None, "linear_weight": None, "eps": 0.0}
+    launch_decode_combine(parts, None, length, active, out_BHD=out, **norms).run()
+    share = torch.exp2((each_max - each_max.amax(2, keepdim=True)).nan_to_num(-torch.inf).double())
+    expected = (share[..., None] * sums).sum(2) / (share * weights).sum(2)[..., None]
+    assert relative_error(out, expected.nan_to_num().flatten(1, 2)) < 1e-6
+    assert not out[0, 2 * R - 1].any()
+
+
+@pytest.mark.parametrize(("rows", "windows"), [(1, []), (5, [3]), (300, [3, 0, 9])], ids=str)
+def test_the_clock_is_the_torch_clock(rows, windows):
+    """Three steps, rows that rest: what the layers are told, and what the cache keeps."""
+    gen = torch.Generator().manual_seed(rows)
+    model = build(dtype=torch.float32)
+    (cache, _), (expected_cache, _) = (caches(model, rows, fold_every=3) for _ in range(2))
+    length = torch.randint(0, 90, (rows,), generator=gen)
+    for each in (cache, expected_cache):
+        each.lengths_B.copy_(length)
+        each.absorbed = {window: (length - window - 1).clamp(min=0) for window in windows}
+    for _ in range(3):
+        active = torch.rand(rows, generator=gen) < 0.7
+        expected, got = make_clock(expected_cache, active), clock.start_clock(cache, active)
+        assert torch.equal(got.position_B, expected.position_B)
+        for window in windows:
+            assert torch.equal(got.absorbed[window], expected.absorbed[window])
+            assert torch.equal(got.absorbed_after[window], expected.absorbed_after[window])
+        finish_step(expected_cache, expected.absorbed_after, active)
+        assert torch.equal(cache.lengths_B, expected_cache.lengths_B)
+        for window in windows:
+            assert torch.equal(cache.absorbed[window], expected_cache.absorbed[window])
+
+
+@pytest.mark.parametrize("V", [1, 1000, 16384, 40000, 90000])
+def test_the_likeliest_token_is_the_first_of_the_largest(V):
+    """Logits of few values, so that many are equal, and a row of nothing but -inf."""
+    gen = torch.Generator().manual_seed(V)
+    logits = torch.randint(-5, 6, (4, V), generator=gen).float()
+    logits[1] -= 1e6
+    logits[2] = -torch.inf
+    logits[3, V // 2] = torch.nan
+    token = torch.full((5,), -1)
+    clock.launch_likeliest(logits, token[:4]).run()
+    expected = [int(row.eq(row.max()).nonzero()[0]) for row in logits[:3]] + [V // 2]
+    assert token.tolist() == [*expected, -1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_engine_draws_the_same(temperature):
     model = build(dtype=torch.float32)
     results = []
     for stepper in (EagerStepper, TritonStepper):
         engine = Engine(model, slots=2, max_length=32, lag=1, fold_every=2, stepper=stepper)
         for i, n in enumerate((4, 9, 2)):
-            engine.add(random_tokens(n, seed=n).tolist(), max_new_tokens=5, sampling=Sampling(temperature=1.0, seed=i))
+            sampling = Sampling(temperature=temperature, seed=i)
+            engine.add(random_tokens(n, seed=n).tolist(), max_new_tokens=5, sampling=sampling)
         results.append(engine.run())
     assert results[0] == results[1]
 
@@ -140,11 +205,11 @@ def test_the_benchmarks_gate(arm, monkeypatch):
     tolerance = benchmark.TOLERANCE[torch.float32]
     assert benchmark.gate(chosen, options, cpu, torch.float32, "math") < tolerance
     if not chosen.library:
-        right = fast.make_clock
+        right = clock.start_clock
 
         def early(cache, active):
-            clock = right(cache, active)
-            return dataclasses.replace(clock, position_B=clock.position_B + 1)
+            now = right(cache, active)
+            return dataclasses.replace(now, position_B=now.position_B + 1)
 
-        monkeypatch.setattr(fast, "make_clock", early)
+        monkeypatch.setattr(clock, "start_clock", early)
         assert not benchmark.gate(chosen, options, cpu, torch.float32, "math") < tolerance

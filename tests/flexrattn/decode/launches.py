@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from flexrattn.decode.clock import launch_clock, launch_likeliest
 from flexrattn.decode.fast import Tuning
 from flexrattn.decode.glue import (
     Unscaled,
@@ -14,7 +15,7 @@ from flexrattn.decode.glue import (
     launch_gate,
     launch_heads,
 )
-from flexrattn.decode.product import FusedProducts, Shape
+from flexrattn.decode.product import FusedProducts, Shape, launch_row_product
 from scan_kernels.kernels.decode_attention import LinearBranch, SoftmaxBranch, launch_decode_attention_fwd
 from scan_kernels.kernels.decode_combine import launch_decode_combine
 from scan_kernels.kernels.launch import Launch
@@ -63,6 +64,8 @@ def launches(dtype: torch.dtype = torch.bfloat16, D: int = 128, options: bool = 
             parts, both[1], length, active, softmax_weight=norm, linear_weight=norm, eps=1e-8, out_BHD=q
         )
         yield f"combine {name}", launch
+    yield "clock", launch_clock(length, active, length, length, length, window=512, fold_every=8, last=True)
+    yield "likeliest", launch_likeliest(empty(B, 49152, dtype=dtype), length)
     x = empty(B, W, dtype=dtype)
     yield "add_norm", launch_add_norm(x, x, empty(W, dtype=dtype), 1e-6, x)
     if dtype == torch.bfloat16:
@@ -78,9 +81,11 @@ def launches(dtype: torch.dtype = torch.bfloat16, D: int = 128, options: bool = 
                 parts = empty(3, rows, len(weight), dtype=fp32)
                 yield name, products.launch(x, weight, products._shape(weight), out=parts)
             yield "residual", products.launch_residual(empty(4, rows, W, dtype=fp32), norm_W)
+            if rows == 1:
+                yield "output, one row", launch_row_product(x, wo, products._residual(norm_W))
             shape = products._shape(gate_up, gated=True)
             yield "gate, up", products.launch(x, gate_up, shape, norm_eps=1e-6, activation="gelu", out=gated)
-            yield "residual at once", products.launch(gated, w2, Shape(), next_norm_W=norm_W)
+            yield "residual at once", products.launch(gated, w2, Shape(block_n=products.square), next_norm_W=norm_W)
             shape = products._shape(table, whole=True)
             yield "words", products.launch(x, table, shape, norm_eps=1e-6, out=empty(rows, 49152))
     yield "gate", launch_gate(empty(B, 2 * 6656, dtype=dtype), empty(B, 6656, dtype=dtype), activation="gelu")

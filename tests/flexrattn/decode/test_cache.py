@@ -123,3 +123,39 @@ def test_a_wrong_file_is_refused(tmp_path):
 def test_sizes_are_checked(options):
     with pytest.raises(ValueError, match="must be a positive integer"):
         DecodeCache(build().config, **{"rows": 1, "max_length": 8, "device": "meta", "dtype": torch.float32, **options})
+
+
+def test_a_cache_of_another_model_is_refused():
+    """It would be read with another meaning; a model that is built again is the same."""
+    cache = cache_of(build(), 1)
+    prefill(build(seed=1), cache, random_tokens(1, 4), rows=[0])
+    decode_step(build(seed=1), cache, random_tokens(1))
+    for other in (build(window=6), build(layer_kind="swa"), build(feature_map="relu")):
+        for call in (
+            lambda m: prefill(m, cache, random_tokens(1, 4), rows=[0]),
+            lambda m: decode_step(m, cache, random_tokens(1)),
+        ):
+            with pytest.raises(ValueError, match="the cache was made for another model"):
+                call(other)
+    assert cache.lengths_B.tolist() == [5]
+
+
+@pytest.mark.parametrize("rows", [[], [2], [-1], [0, 0]], ids=str)
+def test_rows_that_are_not_there_are_refused(rows, tmp_path):
+    model = build()
+    cache = cache_of(model, 2)
+    prefill(model, cache, random_tokens(2, 4), rows=[0, 1])
+    path = tmp_path / "cache.safetensors"
+    cache.save(path, [0, 1])
+    message = "rows must be different and from 0 to 1"
+    for call in (cache.reset, lambda given: cache.save(tmp_path / "other", given)):
+        with pytest.raises(ValueError, match=message):
+            call(rows)
+    if len(rows) == 2:
+        with pytest.raises(ValueError, match=message):
+            cache.load(path, rows)
+    with pytest.raises(ValueError, match=message):
+        prefill(model, cache, random_tokens(len(rows), 4), rows=rows)
+    with pytest.raises(ValueError, match="cannot be written to"):
+        cache.save(tmp_path / "absent" / "x", [0])
+    assert cache.lengths_B.tolist() == [4, 4]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from flexrattn.decode.engine import Engine, Finish
+from flexrattn.decode.prompt import prefill
 from flexrattn.decode.sampling import Sampling
 from tests.flexrattn.decode.models import VOCAB, build, full_forward, random_tokens
 
@@ -123,7 +124,14 @@ def test_a_full_cache_ends_a_request():
         ([], {}, "the prompt is empty"),
         (list(range(16)), {}, "the prompt has 16 tokens, the limit is 16 with at least one new token"),
         ([1, VOCAB], {}, "token 64, the model's vocabulary is 0 to 63"),
-        ([1], {"max_new_tokens": 0}, "max_new_tokens must be 1 or more, got 0"),
+        ("abc", {}, "the prompt must be a row of token ids, got 'abc'"),
+        ([1, 2.5], {}, "the prompt must be a row of token ids"),
+        (torch.tensor([[1, 2]]), {}, r"the prompt must be a row of token ids, got a tensor \(1, 2\)"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens must be a whole number, 1 or more, got 0"),
+        ([1], {"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, 1 or more, got 2.5"),
+        ([1], {"end_ids": 5}, "end_ids must be a row of token ids, got 5"),
+        ([1], {"stop": "\n"}, "stop must be called with each token"),
+        ([1], {"sampling": {"temperature": 1}}, "sampling must be a Sampling"),
     ],
 )
 def test_refused_requests_leave_the_engine_as_it_was(prompt, options, message):
@@ -131,6 +139,65 @@ def test_refused_requests_leave_the_engine_as_it_was(prompt, options, message):
     with pytest.raises(ValueError, match=message):
         engine.add(prompt, **{"max_new_tokens": 5, **options})
     assert not engine.busy
+
+
+@pytest.mark.parametrize(
+    "options", [{"slots": 0}, {"lag": -1}, {"prefill_rows": 0}, {"prefill_chunk": 0}, {"slots": 2.0}], ids=str
+)
+def test_an_engine_that_could_not_run_is_refused(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+        Engine(build(), **{"slots": 1, "max_length": 16, **options})
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_a_stop_condition_that_raises_ends_its_request_alone(lag):
+    model = build()
+    made = requests(3, seed=7)
+    engine = Engine(model, slots=3, max_length=64, lag=lag)
+
+    def breaks(token: int) -> bool:
+        raise RuntimeError("a bug of the caller")
+
+    broken = engine.add(made[0][0], max_new_tokens=9, stop=breaks)
+    ids = [engine.add(prompt, max_new_tokens=new, sampling=sampling) for prompt, new, sampling in made[1:]]
+    outputs, raised = [], 0
+    while engine.busy:
+        try:
+            outputs += engine.step()
+        except RuntimeError:
+            raised += 1
+    assert raised == 1
+    assert [output.finish for output in outputs if output.id == broken] == [Finish.CANCELLED]
+    for id, request in zip(ids, made[1:], strict=True):
+        assert [output.token for output in outputs if output.id == id] == alone(model, *request)
+    assert engine.free_slots == 3
+
+
+def test_a_prefill_that_fails_is_tried_again(monkeypatch):
+    """Out of memory in the second chunk, when a short prompt has drawn its first token already."""
+    model = build()
+    made = [(random_tokens(n, seed=n).tolist(), 9, Sampling(temperature=1.0, seed=n)) for n in (3, 12, 5)]
+    engine = Engine(model, slots=3, max_length=64, lag=1, prefill_chunk=8)
+    first = engine.add(made[0][0], max_new_tokens=9, sampling=made[0][2])
+    outputs = engine.step()
+    ids = [first, *(engine.add(prompt, max_new_tokens=new, sampling=how) for prompt, new, how in made[1:])]
+    calls = []
+
+    def fails(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return prefill(*args, **options)
+
+    monkeypatch.setattr("flexrattn.decode.engine.prefill", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.step()
+    assert (engine.queued, engine.free_slots) == (2, 2)
+    while engine.busy:
+        outputs += engine.step()
+    for id, request in zip(ids, made, strict=True):
+        assert [output.token for output in outputs if output.id == id] == alone(model, *request)
 
 
 def test_soak():

@@ -25,7 +25,7 @@ EVERYTHING = os.environ.get("FLEXRATTN_ALL_KERNELS") == "1"
 def test_steps_under_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", str(HERE / "interpreted.py")]
-    command += ["-k", "options or products or gate and library"]
+    command += ["-k", "options or products or splits or clock or likeliest or gate and library"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=HERE.parents[2], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -94,4 +94,28 @@ def test_refusals(options, dtype, message, monkeypatch):
     assert message in refusal(model.config, device=torch.device("cpu"), dtype=dtype)
     cache = DecodeCache(model.config, rows=1, max_length=8, device="cpu", dtype=dtype)
     with pytest.raises(ValueError, match="use impl 'torch'"):
+        TritonStep(model, cache)
+
+
+@pytest.mark.parametrize("shared", [64, 99, 163, 227])
+def test_products_fit_into_the_gpus_shared_memory(shared):
+    """Stages are given up, down to two; where there is room, rows and widths decide."""
+    pytest.importorskip("triton")
+    from flexrattn.decode.product import choose_shape
+
+    stages = []
+    for rows in (1, 16, 64):
+        for N, K, gated in ((3072, 2048, False), (2048, 6656, False), (6656, 2048, True)):
+            shape = choose_shape(rows, N, K, multiprocessors=132, shared=shared * 1024, gated=gated)
+            tile = 2 * shape.block_k * ((1 + gated) * shape.block_n + max(16, rows))
+            assert shape.num_stages * tile <= shared * 1024
+            stages.append(shape.num_stages)
+    assert min(stages) >= 2
+    assert shared < 163 or max(stages) == 7
+
+
+def test_a_cache_of_another_dtype_is_refused():
+    model = build(dtype=torch.float32)
+    cache = DecodeCache(model.config, rows=1, max_length=8, device="cpu", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="needs a cache of the model's dtype"):
         TritonStep(model, cache)

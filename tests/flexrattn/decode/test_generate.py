@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -81,6 +84,23 @@ def test_stop_strings(trained):
     assert "".join(pieces) == done.text
 
 
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ("def f", {}, "takes a list of prompts, got one text"),
+        (["def f"], {"stop": "\n\n"}, "stop takes a list of texts"),
+        (["def f"], {"stop": [""]}, "a stop string must not be empty"),
+        (["def f"], {"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
+        (["def f"], {"slots": 0}, "slots must be a whole number"),
+        (["def f", ""], {}, "the prompt is empty"),
+    ],
+)
+def test_bad_input_in_python(prompts, options, message):
+    generator = Generator(build(dtype=torch.float32, model={"vocab_size": 320}), ByteTokenizer())
+    with pytest.raises(ValueError, match=message):
+        generator.generate(prompts, **{"max_new_tokens": 4, **options})
+
+
 def test_exported_is_the_same(trained, tmp_path, capsys):
     out = tmp_path / "exported"
     assert command(capsys, "--checkpoint", str(trained), "--export", str(out))[0] == 0
@@ -90,6 +110,21 @@ def test_exported_is_the_same(trained, tmp_path, capsys):
     code, _, error = command(capsys, "--checkpoint", str(trained), "--export", str(out))
     assert (code, error.count("\n")) == (2, 1)
     assert "exists already" in error
+
+
+def test_who_reads_may_stop_and_the_disk_may_be_full(trained):
+    """No traceback: quietly when the reader has gone, one line when nothing can be written."""
+    command = [sys.executable, "-m", "flexrattn.generate", "--checkpoint", str(trained), "--prompt", "def f"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    both = [subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True) for out in (writer, full)]
+    os.close(writer)
+    os.close(full)
+    (_, gone), (_, no_room) = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [141, 2]
+    assert gone == ""
+    assert (no_room.count("\n"), "No space left" in no_room) == (1, True)
 
 
 def test_newest_complete_step_and_a_step_by_name(trained):
@@ -133,6 +168,7 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
         ),
         ([*base, str(trained), "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
         ([*base, str(trained), "--temperature", "-1"], "temperature must be 0"),
+        (["--checkpoint", str(trained), "--export", ""], "--export needs a folder"),
         ([*base, str(trained), "--stop", ""], "a stop string must not be empty"),
         ([*base, str(trained), "--impl", "triton"], "triton"),
         ([*base, str(trained), "--tempreature", "1"], "unrecognized arguments"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flexrattn.decode import DecodeCache, decode_step, prefill
+from scan_kernels import sum_of_head_norms
 from tests.closeness import relative_error
 from tests.flexrattn.decode.models import build, full_forward, random_tokens
 
@@ -268,3 +269,17 @@ def test_no_room_is_refused():
         prefill(model, new_cache(model, max_length=9), random_tokens(1, 10), rows=[0])
     with pytest.raises(ValueError, match=r"max_length 300 is more than the model's max_seq_len 256"):
         new_cache(model, max_length=300)
+
+
+def test_prefill_ends_a_layer_as_training_does(monkeypatch):
+    """Both norms and the sum in the one operation that has a kernel, once a layer with two branches."""
+    seen = []
+
+    def watched(*branches, **options):
+        seen.append(options["impl"])
+        return sum_of_head_norms(*branches, **options)
+
+    monkeypatch.setattr("flexrattn.attention.sum_of_head_norms", watched)
+    model = build(pattern=["local", "local", "global"], model={"n_layers": 3})
+    prefill(model, new_cache(model), random_tokens(1, 9), rows=[0])
+    assert len(seen) == 2

@@ -40,9 +40,11 @@ for name in ("forward", "backward"):
         return function(*args, **options, run=run)
 
     setattr(fused, name, launched)
-for feature_map, start in (("softmax", False), ("identity", False), ("softmax", True)):
+for feature_map, start, decays in (("softmax", False, False), ("identity", False, True), ("softmax", True, True)):
     shape = {"q": (1, 36, 4, 16), "k": (1, 36, 2, 16), "v": (1, 36, 2, 16)}
     inputs = {key: torch.randn(size, requires_grad=True) for key, size in shape.items()}
+    if decays:
+        inputs["decay"] = -torch.rand(1, 36, 2)
     state = torch.randn(1, 4, 32, 16) if start else None
     o = residual_linear_attention(
         **inputs, window=5, feature_map=feature_map, initial_state=state, impl="triton", save_every=2
