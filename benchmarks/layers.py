@@ -248,7 +248,7 @@ def stack_contender(
 def _stack(flavor: str, window: int | None, shape: Shape, device: torch.device, backend: str) -> Any:
     kind = "full" if window is None else "rattention"
     # With scales of 1 the gate sees both branches.
-    scales = {} if window is None else {"swa_norm_init": 1.0, "rla_norm_init": 1.0}
+    scales: dict[str, Any] = {} if window is None else {"swa_norm_init": 1.0, "rla_norm_init": 1.0}
     layers = make_layers(layer_kind=kind, window=window, pattern=("local",), softmax_backend=backend, **scales)
     # Embedding and head are not run.
     sizes = {"n_layers": shape.layers, "vocab_size": 16, "max_seq_len": shape.T}
