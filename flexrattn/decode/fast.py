@@ -112,12 +112,10 @@ class Tuning:
 
     @classmethod
     def measured(cls, rows: int) -> Tuning:
-        """What was fastest on an H200 with 1, 16, 64 and, as far as it was looked at, 256 rows of the 3b model."""
+        """What was fastest on an H200 with 1, 16, 64 and 256 rows of the 3b model."""
         if rows <= 16:
-            return cls(state_stages=8) if rows < 16 else cls()
-        if rows <= 64:
-            return cls(ring_resident=9, num_stages=4, block_s=16, state_stages=6)
-        return cls(late_pending=1)
+            return cls(state_stages=8) if rows < 16 else cls(resident=2)
+        return cls(resident=2 if rows <= 64 else 3, ring_resident=9, num_stages=4, block_s=16, state_stages=6)
 
     def of_both_branches(self) -> dict[str, int]:
         """Options of `launch_decode_attention_fwd` for a layer with a linear branch."""

@@ -275,7 +275,7 @@ def launch_product(
 
 
 # Columns and summands of a tile of `row_product_kernel`, and tiles on their way at a time.
-ROW_N, ROW_K, ROW_STAGES = 16, 256, 8
+ROW_N, ROW_K, ROW_STAGES = 16, 512, 5
 
 
 def launch_row_product(x_BK: Tensor, weight_NK: Tensor, residual: Residual) -> Launch:
