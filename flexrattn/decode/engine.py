@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -71,9 +72,9 @@ class _Read:
 
 def whole(name: str, value: int, least: int) -> int:
     """The value. ValueError if it is no integer, or below `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
-    return value
+    return int(value)
 
 
 def _token_ids(what: str, tokens: Sequence[int] | Tensor) -> list[int]:
@@ -194,7 +195,7 @@ class Engine:
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             wrong = next(token for token in prompt if not 0 <= token < vocabulary)
             raise ValueError(f"the prompt holds token {wrong}, the model's vocabulary is 0 to {vocabulary - 1}")
-        whole("max_new_tokens", max_new_tokens, 1)
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
         if sampling is not None and not isinstance(sampling, Sampling):
             raise ValueError(f"sampling must be a Sampling, got {sampling!r}")
         if stop is not None and not callable(stop):
