@@ -36,7 +36,6 @@ class ScanShape:
     start: bool  # a learned initial state
     joined: str  # of "qkv": whose gradients of the softmax branch its kernels add to their own
     summed: bool  # both branches' norms and their sum by scan_kernels.sum_of_head_norms
-    sum_dtype: torch.dtype
     decays: bool
     capability: int
 
@@ -65,7 +64,6 @@ def scan_shape(attention: Any, *, batch: int, seq_len: int, dtype: torch.dtype, 
         start=attention.initial_state is not None,
         joined=_joined(attention, dtype),
         summed=attention.sum_impl is not None and attention.swa_norm is not None and not attention.splits_heads,
-        sum_dtype=dtype,
         decays=decays,
         capability=capability,
     )
@@ -148,9 +146,7 @@ def scan_launches(shape: ScanShape) -> list[ScanLaunch]:
 
     *_, kept = fused.forward(sizes, x, init, plan, with_final=False, save_every=shape.save_every, run=collect(False))
     if shape.summed:
-        a, b, dy, weight_a, weight_b = (
-            empty(*sizes_of, dtype=shape.sum_dtype) for sizes_of in (*3 * [(B, T, H, D)], *2 * [(H, D)])
-        )
+        a, b, dy, weight_a, weight_b = (empty(*sizes_of) for sizes_of in (*3 * [(B, T, H, D)], *2 * [(H, D)]))
         collect(False)(branch_sum.branch_sum_fwd(a, b, weight_a, weight_b, 1e-8)[0])
         collect(True)(branch_sum.branch_sum_bwd(dy, a, b, weight_a, weight_b, 1e-8)[0])
     # Tensors of their own, so that their bytes count.

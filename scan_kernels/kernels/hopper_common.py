@@ -129,23 +129,11 @@ def copy_state(s_1, s_2, state, D: gl.constexpr, PAIRED: gl.constexpr, WARPS: gl
 
 
 @gluon.jit
-def load_tile(
-    p, stride, first, lower, upper, C: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr,
-    INDEX: gl.constexpr = gl.int32,
-):  # fmt: skip
-    """Rows first ... first + C of a tensor, 0 outside lower <= row < upper. INDEX: what costs fewer registers."""
-    o_c = gl.arange(0, C, gl.SliceLayout(1, TILE)).to(INDEX)
-    o_d = gl.arange(0, D, gl.SliceLayout(0, TILE))
-    mask = (first + o_c >= lower) & (first + o_c < upper)
-    source = (row_pointer(p, first, stride) + o_c * stride)[:, None] + o_d[None, :]
-    return gl.load(source, mask=mask[:, None], other=0.0)
-
-
-@gluon.jit
 def load_pairs(
     p, stride, first, lower, upper, C: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, HERE: gl.constexpr = False
 ):  # fmt: skip
-    """`load_tile`, with two bf16 columns in a word. HERE: addresses are made in place, not kept."""
+    """Rows first ... first + C of a bf16 tensor, two columns a word, 0 outside lower <= row < upper. HERE:
+    addresses are made in place, not kept."""
     PAIRS: gl.constexpr = pair_layout(TILE)
     o_c = gl.arange(0, C, gl.SliceLayout(1, PAIRS))
     if HERE:

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from scan_kernels.kernels.hopper_common import (
     _SOFTMAX,
     bf16_of,
-    copy_rows,
+    copy_state,
     feature_map,
     feature_map_bwd,
     halves_of,
@@ -35,15 +35,6 @@ from scan_kernels.kernels.hopper_common import (
 from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, strides
 
 WARPS = gl.constexpr(4)
-
-
-@gluon.jit
-def _copy_state(s_1, s_2, state, D: gl.constexpr, PAIRED: gl.constexpr):
-    """Start the copy of a state to shared memory, a tile for each half of the features."""
-    copy_rows(s_1, state, D, 0, 0, D, D, D, WARPS)
-    if PAIRED:
-        copy_rows(s_2, state + D * D, D, 0, 0, D, D, D, WARPS)
-    async_copy.commit_group()
 
 
 @gluon.jit
@@ -103,7 +94,8 @@ def hopper_output_kernel(
     if PAIRED:
         s_s2 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
         s_k2 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
-    _copy_state(s_s1, s_s2, states + (bg * N + n) * F * D, D, PAIRED)
+    copy_state(s_s1, s_s2, states + (bg * N + n) * F * D, D, PAIRED, WARPS)
+    async_copy.commit_group()
 
     # The chunk's keys. A masked score is 0, but 0 * NaN is NaN: keys and values that are not finite leave the products,
     # and set those who may read them to NaN below.
@@ -188,7 +180,8 @@ def hopper_dq_kernel(
     if PAIRED:
         s_s2 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))
         s_k2 = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
-    _copy_state(s_s1, s_s2, states + (bg * N + n) * F * D, D, PAIRED)
+    copy_state(s_s1, s_s2, states + (bg * N + n) * F * D, D, PAIRED, WARPS)
+    async_copy.commit_group()
 
     # The chunk's keys. A masked product may still be 0 * NaN, so keys that are not finite leave them.
     key = load_pairs(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE)

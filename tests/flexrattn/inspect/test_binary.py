@@ -107,7 +107,6 @@ def _shape(capability, dtype):
         start=False,
         joined="",
         summed=False,
-        sum_dtype=dtype,
         decays=False,
         capability=capability,
     )

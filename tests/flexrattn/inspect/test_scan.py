@@ -31,7 +31,6 @@ SHAPE = ScanShape(
     start=False,
     joined="",
     summed=False,
-    sum_dtype=torch.bfloat16,
     decays=False,
     capability=90,
 )
@@ -102,7 +101,8 @@ def test_a_layer_is_asked_for_what_it_hands_to_its_scan():
     assert (shape_of(window=9).H, shape_of(window=9).G, shape_of(window=9).window) == (4, 2, 9)
     assert (shape_of(layer_kind="hymba", window=9).H, shape_of(layer_kind="hymba", window=9).G) == (2, 1)
     decays = shape_of(window=9, decay_gate=True)
-    assert (decays.dtype, decays.sum_dtype, decays.decays) == (torch.bfloat16, torch.bfloat16, True)
+    assert (decays.dtype, decays.decays) == (torch.bfloat16, True)
+    assert {each.launch.args["p_a"].dtype for each in scan_launches(decays) if each.sums} == {torch.bfloat16}
     assert shape_of(window=9, local_mask={"stochastic_window": {"low": 2, "high": 4}}).window is None
 
 
