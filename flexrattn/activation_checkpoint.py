@@ -1,4 +1,4 @@
-"""torchtitan's selective activation checkpointing with the linear branch among what it saves."""
+"""torchtitan's selective activation checkpointing with this package's kernels among what it saves."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from torchtitan.distributed import activation_checkpoint as titan
 
 import scan_kernels  # noqa: F401, registers the op
+from flexrattn import flash_window
 
 
 class RAttentionSelectiveAC(titan.SelectiveAC):
-    """Saves, besides torchtitan's list, what the linear branch's kernels return: o, and states with `save_every`.
+    """Saves, besides torchtitan's list, what the branches' kernels return: o, and states with `save_every`.
 
-    A forward of the branch then runs once, as FlexAttention's does. Of `impl="torch"` nothing is saved: its states are
+    A forward of a branch then runs once, as FlexAttention's does. Of `impl="torch"` nothing is saved: its states are
     those of all chunks, in fp32.
     """
 
@@ -23,7 +24,8 @@ class RAttentionSelectiveAC(titan.SelectiveAC):
         pass
 
     def get_save_ops(self) -> set:
-        return super().get_save_ops() | {torch.ops.scan_kernels.fused_fwd.default}
+        ours = {torch.ops.scan_kernels.fused_fwd.default, flash_window.flash_window_fwd._opoverload}
+        return super().get_save_ops() | ours
 
 
 def with_linear_branch(config: Any) -> Any:

@@ -24,6 +24,7 @@ from torchtitan.models.common.attention import GQAttention
 from torchtitan.protocols.module import Module
 
 from flexrattn.branch_shares import add_squares
+from flexrattn.flash_window import PlainWindow
 from flexrattn.head_split import QKV, local, merge_groups, split_groups
 from flexrattn.masked_attention import Mask, MaskedAttention
 from flexrattn.packing import document_ids_from_positions
@@ -328,6 +329,9 @@ class RAttention(GQAttention):
             q_BTHD, k_BTGD = self.q_norm(q_BTHD), self.k_norm(k_BTGD)
         decay_BTG = None if self.decay_gate is None else self.decay_gate(x_BLD)
         mask = attention_masks[self.mask] if self.inner_attention is not None else None
+        if isinstance(mask, PlainWindow):
+            # Each row is one document: no border to reset at, and tokens stand where they are counted.
+            positions = None
         swa_BTHD, rla_BTHD = self._branches(q_BTHD, k_BTGD, v_BTGD, mask, decay_BTG, positions)
         if self.branch_squares is not None and swa_BTHD is not None and rla_BTHD is not None:
             add_squares(self.branch_squares, swa_BTHD, rla_BTHD, positions, self.both_read_from)

@@ -6,8 +6,7 @@ torchtitan calls the same axes B, L, N, N, H.
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,37 +15,23 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtitan.models.common.attention import FlexAttention
 
+from flexrattn.flash_window import PlainWindow, check_backend, flash_window_attention
 from score_mods import MaskMod, ScoreMod, dense_attention, make_mask, make_score_mod, score_info, tensors_in
 
-# A mask for one attention kind: sparse blocks where a kernel uses them, a (B or 1, 1, T, T) boolean where not.
-Mask = BlockMask | torch.Tensor
+# A mask for one attention kind: sparse blocks where a kernel uses them, a (B or 1, 1, T, T) boolean where not, and no
+# more than the law where a kernel knows it.
+Mask = BlockMask | torch.Tensor | PlainWindow
 
 # FlexAttention's options by the backend that they ask for. `flash` makes CuTe kernels of the same masks and score mods
-# by way of the package flash-attn-4. Under a window of 512 on an H200 it took three quarters of the time
-# (docs/kernels.md); its gradients are sums in no fixed order, so that two runs differ in their last bits.
+# by way of the package flash-attn-4, and for a `PlainWindow` takes the package's own window. Under a window of 512 on
+# an H200 it took three quarters of the time (docs/kernels.md); its gradients are sums in no fixed order, so that two
+# runs differ in their last bits.
 KERNEL_OPTIONS: dict[str, dict[str, str]] = {"triton": {}, "flash": {"BACKEND": "FLASH"}}
 
 
 # A score mod that reads a tensor loads a value for each score. Pipelined, these loads want more shared memory than a
 # Hopper has (seen on an H200: 242 KiB of 227 for FlexAttention's own choice of three stages).
 _TABLE_OPTIONS = {"num_stages": 1}
-
-
-def check_backend(kernel_options: Mapping[str, Any], device: torch.device) -> None:
-    """ValueError where the backend that `kernel_options` ask for cannot run."""
-    if kernel_options.get("BACKEND") != "FLASH":
-        return
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        raise ValueError(f"softmax_backend 'flash' needs a Hopper or newer GPU, this is {name}: use 'triton'")
-    try:
-        found = importlib.util.find_spec("flash_attn.cute") is not None
-    except ImportError:
-        found = False
-    if not found:
-        raise ValueError(
-            "softmax_backend 'flash' needs the package flash-attn-4: pip install flash-attn-4, or use 'triton'"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +62,10 @@ class ScoreModSpec(NamedFactory):
 class MaskedAttention(FlexAttention):
     """softmax(score_mod(q k^T * scale), over the keys the mask keeps) v; grouped heads share a key/value head.
 
-    A `BlockMask` goes to FlexAttention, a boolean tensor to `scaled_dot_product_attention` (with a score mod to
-    `dense_attention`): FlexAttention has no backward on the CPU. The model builds the one that the device can use, so
-    nothing is chosen here. `score_table` is the parameter of a score mod with a learned table.
+    A `BlockMask` goes to FlexAttention, a `PlainWindow` to flash-attn-4's own kernels, a boolean tensor to
+    `scaled_dot_product_attention` (with a score mod to `dense_attention`): FlexAttention has no backward on the CPU.
+    The model builds the one that the device can use, so nothing is chosen here. `score_table` is the parameter of a
+    score mod with a learned table.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -126,6 +112,10 @@ class MaskedAttention(FlexAttention):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
+        if isinstance(attention_masks, PlainWindow):
+            if self.score_mod is not None:
+                raise ValueError(f"a score mod needs a block mask, got {attention_masks}")
+            return flash_window_attention(q_BLNH, k_BLNH, v_BLNH, window=attention_masks.window, scale=scale)
         q_BHTD, k_BGTD, v_BGTD = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
         score_mod = self._bound_score_mod()
         if isinstance(attention_masks, BlockMask):

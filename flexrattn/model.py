@@ -13,8 +13,9 @@ from torchtitan.tools.logging import logger
 
 from flexrattn import flops
 from flexrattn.attention import RAttention
+from flexrattn.flash_window import PlainWindow, plain_window, takes_width
 from flexrattn.masked_attention import Mask, MaskSpec
-from flexrattn.packing import document_ids_from_positions
+from flexrattn.packing import document_ids_from_positions, rows_are_whole
 from score_mods import (
     MaskMod,
     build_block_mask,
@@ -95,6 +96,9 @@ class RAttentionModel(Decoder):
         super().__init__(config)
         self.mask_mods = {key: spec.build() for key, spec in config.masks.items()}
         self._drawn: dict[str, torch.Tensor] = {}
+        self._plain = _plain_windows(config, self.mask_mods)
+        # Whether all rows so far were one document each; None: no batch was seen.
+        self._whole_rows: bool | None = None
         _make_room_for_compilations(config)
 
     def set_step(self, step: int) -> None:
@@ -117,17 +121,38 @@ class RAttentionModel(Decoder):
             if residual is not None and residual.draws:
                 residual.drawn_window = self._drawn[block.attention.mask]
 
+    def see_batch(self, positions: torch.Tensor) -> None:
+        """Look at the positions (B, T) of the next training batch while they are on the host.
+
+        As long as every row is one document, layers of `softmax_backend: flash` whose mask is a plain window, or
+        causal, train with flash-attn-4's own kernels and without document borders. The first row of two documents ends
+        this for good, so that a run compiles its blocks twice at most. The trainer calls it for each batch; without
+        calls masks are confined to documents.
+        """
+        if not self._plain or self._whole_rows is False:
+            return
+        whole, before = rows_are_whole(positions), self._whole_rows
+        if whole != before:
+            names = ", ".join(self._plain)
+            way = "flash-attn-4's own kernels, as each row is one document" if whole else "FlexAttention's FLASH"
+            since = "" if before is None else ": from this batch on, rows hold several documents"
+            logger.info(f"Masks {names} by {way}{since}")
+        self._whole_rows = whole
+
     def get_attention_masks(self, positions: torch.Tensor) -> dict[str, Mask]:
         """One mask per distinct mask for a batch of positions (B, T): sparse blocks on a GPU, dense on the CPU.
 
         Keeps a pair when the layer's mask keeps it, asked for positions in the document, and both tokens are of one
         document. A mask that draws windows is that of the step in training mode, and that of evaluation otherwise.
+        Where `see_batch` found one document a row, a mask for flash-attn-4's own kernels is its law alone.
         """
         batch, tokens = positions.shape
         document_ids = document_ids_from_positions(positions)
         build = dense_mask if positions.device.type == "cpu" else build_block_mask
 
         def of_batch(key: str, mask: MaskMod) -> Mask:
+            if self.training and self._whole_rows and key in self._plain and positions.device.type != "cpu":
+                return self._plain[key]
             info = mask_info(mask)
             if self.training and info is not None and info.schedule is not None:
                 if key not in self._drawn:
@@ -137,6 +162,19 @@ class RAttentionModel(Decoder):
             return build(whole, batch=batch, heads=None, q_len=tokens, kv_len=tokens, device=positions.device)
 
         return {key: of_batch(key, mask) for key, mask in self.mask_mods.items()}
+
+
+def _plain_windows(config: RAttentionModel.Config, mask_mods: dict[str, MaskMod]) -> dict[str, PlainWindow]:
+    """The masks that flash-attn-4's own kernels can take for every layer that has them."""
+    plain = {key: window for key, mask in mask_mods.items() if (window := plain_window(mask)) is not None}
+    for layer in config.layers:
+        attention = layer.attention
+        inner = attention.inner_attention
+        flash = inner.kernel_options.get("BACKEND") == "FLASH"
+        width = attention.head_dim or attention.dim // attention.n_heads
+        if not flash or inner.score_mod is not None or not takes_width(width):
+            plain.pop(attention.mask, None)
+    return plain
 
 
 def _make_room_for_compilations(config: RAttentionModel.Config) -> None:

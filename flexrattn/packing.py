@@ -19,6 +19,15 @@ def document_ids_from_positions(positions_BT: Tensor) -> Tensor:
     return torch.cumsum(positions_BT == 0, dim=-1, dtype=torch.int32)
 
 
+def rows_are_whole(positions_BT: Tensor) -> bool:
+    """Whether every row is one document from its first token on: positions are 0 there and nowhere else.
+
+    Waits for the device that holds the positions.
+    """
+    starts_BT = positions_BT == 0
+    return bool(starts_BT[:, 0].all() and not starts_BT[:, 1:].any())
+
+
 def positions_from_lengths(lengths: Sequence[int]) -> Tensor:
     """0..n-1 for each n of `lengths`, concatenated: (sum(lengths),), int64.
 
