@@ -26,16 +26,21 @@ from benchmarks.contenders import (
     softmax_reference,
 )
 from flexrattn import build_model_config, make_layers, resolve_flavor
+from flexrattn.flash_window import PlainWindow
 from flexrattn.masked_attention import KERNEL_OPTIONS, Mask, MaskedAttention, check_backend
 from score_mods import build_block_mask, causal, dense_mask, sliding_window
 
 
 def swa(windows: Sequence[int]) -> list[Contender]:
-    """The softmax branch over windows, as a layer runs it, by each of its backends."""
-    backends = {"triton": "Flex", "flash": "Flex flash"}
+    """The softmax branch over windows, as a layer runs it: by FlexAttention's backends and by flash-attn-4 itself."""
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("Flex", {}),
+        ("Flex flash", {"backend": "flash", "own_window": False}),
+        ("flash", {"backend": "flash"}),
+    ]
     return [
         *full_attention(),
-        *(window_contender(f"{backends[b]} window {w}", w, backend=b) for w in windows for b in KERNEL_OPTIONS),
+        *(window_contender(f"{name} window {window}", window, **way) for window in windows for name, way in ways),
     ]
 
 
@@ -46,15 +51,22 @@ def _check_backend(backend: str, device: torch.device) -> None:
         raise Unavailable(str(error)) from error
 
 
-def window_contender(name: str, window: int, *, backend: str = "triton") -> Contender:
-    """`MaskedAttention` under a sliding window."""
+def _mask(window: int, shape: Shape, device: torch.device, *, own_window: bool) -> Mask:
+    """Of rows of one document. own_window: for flash-attn-4's own kernels."""
+    if own_window:
+        return PlainWindow(window=window)
+    mask_mod = causal() if window >= shape.T else sliding_window(window)
+    build = dense_mask if device.type == "cpu" else build_block_mask
+    return build(mask_mod, q_len=shape.T, kv_len=shape.T, device=device)
+
+
+def window_contender(name: str, window: int, *, backend: str = "triton", own_window: bool = True) -> Contender:
+    """`MaskedAttention` under a sliding window. own_window: what backend "flash" does of rows of one document."""
 
     def prepare(shape: Shape, device: torch.device) -> Prepared:
         _check_backend(backend, device)
         inner = MaskedAttention.Config(kernel_options=dict(KERNEL_OPTIONS[backend])).build()
-        mask_mod = causal() if window >= shape.T else sliding_window(window)
-        build = dense_mask if device.type == "cpu" else build_block_mask
-        mask: Mask = build(mask_mod, q_len=shape.T, kv_len=shape.T, device=device)
+        mask = _mask(window, shape, device, own_window=own_window and backend == "flash")
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
             return inner(q, k, v, attention_masks=mask, enable_gqa=q.shape[2] != k.shape[2])
@@ -76,15 +88,19 @@ def rattention(window: int) -> list[Contender]:
         core_contender("rattention core", window, documents=False),
         core_contender("rattention core documents", window, documents=True),
         core_contender("rattention core flash", window, documents=False, backend="flash"),
+        core_contender("rattention core Flex flash", window, documents=False, backend="flash", own_window=False),
         core_contender("rattention core documents flash", window, documents=True, backend="flash"),
     ]
 
 
-def core_contender(name: str, window: int, *, documents: bool, backend: str = "triton") -> Contender:
+def core_contender(
+    name: str, window: int, *, documents: bool, backend: str = "triton", own_window: bool = True
+) -> Contender:
     """RMSNorm(softmax branch) + RMSNorm(linear branch) from q, k, v, by the layer's own modules, compiled.
 
     RoPE and the projections are left out: a layer of full attention has them, too. `documents` passes positions, of
-    one document a row: nothing else is computed, but masks and states are looked up by document.
+    one document a row: nothing else is computed, but masks and states are looked up by document. own_window: what
+    backend "flash" does of rows that are known to be one document each.
     """
 
     def prepare(shape: Shape, device: torch.device) -> Prepared:
@@ -95,8 +111,7 @@ def core_contender(name: str, window: int, *, documents: bool, backend: str = "t
         if positions is not None:
             mask = model.get_attention_masks(positions)[attention.mask]
         else:
-            build = dense_mask if device.type == "cpu" else build_block_mask
-            mask = build(sliding_window(window), q_len=shape.T, kv_len=shape.T, device=device)
+            mask = _mask(window, shape, device, own_window=own_window and backend == "flash")
         weights = {"swa_norm": attention.swa_norm.weight, "rla_norm": attention.rla_norm.weight}
 
         def core(q: Tensor, k: Tensor, v: Tensor, mask: Mask, positions: Tensor | None) -> Tensor:
@@ -211,6 +226,8 @@ def stack_contender(
         positions = torch.arange(shape.T, device=device).expand(shape.B, shape.T)
         masks: dict[str, Mask | None] = {blocks[0].attention.mask: None}
         if inner is None:
+            # As the trainer, which sees them before they go to the device.
+            model.see_batch(positions.cpu())
             masks = model.get_attention_masks(positions)
         for block in blocks:
             if inner is not None:

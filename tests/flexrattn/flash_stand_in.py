@@ -57,7 +57,8 @@ class StandIn:
 
     def _scores(self, what: str, q: Tensor, k: Tensor, v: Tensor, scale, causal, left, right) -> tuple[Tensor, Tensor]:
         """(B, H, T, T), -inf where the law keeps nothing, and v (B, H, T, D)."""
-        assert causal and right == (None if left is None else 0)
+        assert causal
+        assert right == (None if left is None else 0)
         self.calls.append((what, left))
         T, group = q.shape[1], q.shape[2] // k.shape[2]
         gap = torch.arange(T)[:, None] - torch.arange(T)
