@@ -181,11 +181,12 @@ def _make_room_for_compilations(config: RAttentionModel.Config) -> None:
     """Let torch.compile keep a program for each distinct mask and score mod.
 
     Its limit is 8 of one function. Past it FlexAttention would go on uncompiled, and compute all scores. Each kind of
-    layer is compiled for training and for evaluation, and for a second length.
+    layer is compiled for training, for evaluation, for training on whole rows where that is another program, and for a
+    second length.
     """
     kinds = {(layer.attention.mask, str(layer.attention.inner_attention.score_mod)) for layer in config.layers}
     dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(kinds) + 4)
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 6 * len(kinds) + 4)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 16 * dynamo.recompile_limit)
 
 

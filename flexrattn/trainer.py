@@ -207,7 +207,16 @@ class RAttentionTrainer(Trainer):
 
     def batch_generator(self, data_iterable: Any) -> Iterator[Any]:
         self.training_started = True
-        return super().batch_generator(data_iterable)
+        return self._seen_by_the_model(super().batch_generator(data_iterable))
+
+    def _seen_by_the_model(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches as they are. Here they are still on the host, where a look at them waits for no device."""
+        for input_dict, labels in batches:
+            for part in self.model_parts:
+                assert isinstance(part, RAttentionModel)
+                if "positions" in input_dict:
+                    part.see_batch(input_dict["positions"])
+            yield input_dict, labels
 
     def train_step(self, data_iterator: Iterator[Any]) -> None:
         if self.step == 1 and self.config.validator.enable:

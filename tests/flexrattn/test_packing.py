@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flexrattn.packing import document_ids_from_positions, positions_from_lengths
+from flexrattn.packing import document_ids_from_positions, positions_from_lengths, rows_are_whole
 
 
 def test_ids_count_the_starts():
@@ -20,6 +20,15 @@ def test_lengths_survive_the_round_trip(lengths):
     assert positions_T.dtype == torch.int64
     assert positions_T[0] == 0
     assert torch.bincount(document_ids_from_positions(positions_T))[1:].tolist() == lengths
+
+
+def test_whole_rows_have_one_start_at_their_first_token():
+    whole = torch.arange(6).expand(2, 6)
+    assert rows_are_whole(whole)
+    for row, token, position in ((1, 5, 0), (0, 1, 0), (1, 0, 3)):
+        other = whole.clone()
+        other[row, token] = position
+        assert not rows_are_whole(other), (row, token)
 
 
 def test_ids_trace_without_a_graph_break():
