@@ -19,6 +19,7 @@ from benchmarks.report import Row
 from benchmarks.timing import CudaMeter, Memory, Sample
 from scan_kernels import residual_linear_attention, residual_linear_attention_quadratic
 from tests.closeness import relative_error
+from tests.flexrattn.flash_stand_in import install
 
 CPU = torch.device("cpu")
 WINDOW = 20
@@ -278,6 +279,25 @@ def test_the_gate_passes_what_is_right(given, inputs_of, dtype):
     verdict = gate.verify(given, replace(SHAPE, dtype=dtype), inputs_of, CPU, 0)
     assert verdict.passed, verdict.errors
     assert verdict.describe() == ""
+
+
+@pytest.mark.parametrize("core", [False, True], ids=["window", "core"])
+def test_flash_contenders_take_the_own_window(core, monkeypatch):
+    """What `softmax_backend: flash` does of rows of one document; the kernels are replaced. Off by one is seen."""
+    kernels = install(monkeypatch)
+    monkeypatch.setattr(layers, "_check_backend", lambda *_: None)
+    made = {
+        True: partial(layers.core_contender, "core flash", WINDOW, documents=False),
+        False: partial(layers.window_contender, "flash window", WINDOW),
+    }[core]
+    verdict = gate.verify(made(backend="flash"), SHAPE, attention_inputs, CPU, 0)
+    assert verdict.passed, verdict.errors
+    assert kernels.calls == [("fwd", WINDOW), ("bwd", WINDOW)]
+    kernels.shift = 1
+    assert not gate.verify(made(backend="flash"), SHAPE, attention_inputs, CPU, 0).passed
+    # The other way goes to FlexAttention, which refuses this device.
+    with pytest.raises(ValueError, match="needs a Hopper or newer GPU"):
+        gate.verify(made(backend="flash", own_window=False), SHAPE, attention_inputs, CPU, 0)
 
 
 def zero_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
