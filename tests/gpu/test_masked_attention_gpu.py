@@ -53,7 +53,7 @@ def needs_flash() -> None:
 def results(attend, q, k, v, do) -> dict[str, torch.Tensor]:
     given = [x.detach().requires_grad_() for x in (q, k, v)]
     o = attend(*given)
-    return dict(zip(("o", "dq", "dk", "dv"), (o, *torch.autograd.grad(o, given, do)), strict=True))
+    return dict(zip(("o", "dq", "dk", "dv"), (o.detach(), *torch.autograd.grad(o, given, do)), strict=True))
 
 
 def exactly(window: int | None, q, k, v, do) -> dict[str, torch.Tensor]:
