@@ -1,6 +1,6 @@
 """Between stages 2 and 3, where a forward keeps states: the whole state before every EVERY-th chunk.
 
-K_i = S_n + f_n carry,  n = FIRST + i EVERY                with a row of zeros behind the last one, so that K is a carry, too
+K_i = S_n + f_n carry,  n = FIRST + i EVERY        with a row of zeros behind the last one, so that K is a carry, too
 """
 
 import torch

@@ -3,7 +3,6 @@
 No other stage looks at these chunks, for a window of 512 the first eight of every sequence.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
