@@ -213,7 +213,6 @@ def backward(
         cut = sizes
     else:
         cut, states = kept_states(sizes, x, kept, plan, run)
-    dq = _new_rows(sizes, x.q, sizes.D, others.dq, run)
     dk, dv = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for like in (x.k, x.v))
     d_read = d_paired = d_start = None
     if x.cum_hi is not None:
@@ -221,6 +220,7 @@ def backward(
         d_paired = torch.empty(sizes.B, sizes.G, sizes.N * sizes.chunk, device=x.q.device)
     if x.start_log is not None:
         d_start = torch.empty(sizes.B, sizes.T, sizes.H, device=x.q.device)
+    dq = _new_rows(sizes, x.q, sizes.D, others.dq, run)
     run(launch_chunk_dq(cut, x, states, do, dq, d_read, d_paired, d_start, plan.dq, compute, others.dq))
     if x.cum_hi is None:
         del states
@@ -343,7 +343,6 @@ def _hopper_backward(
 ) -> Gradients:
     if not do.is_meta:
         do, others = _rows_of_16_bytes(do), _aligned_others(others)
-    dq = _new_rows(sizes, x.q, sizes.D, others.dq, run)
     dk, dv = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for like in (x.k, x.v))
     last = launch_hopper_state_bwd(sizes, x, do, plan.state_bwd)
     logs = last.args["logs"]
@@ -363,6 +362,7 @@ def _hopper_backward(
         run(first)
         chunks = first.args["states"]
         del first
+    dq = _new_rows(sizes, x.q, sizes.D, others.dq, run)
     run(launch_hopper_dq(sizes, x, chunks, do, logs, dq, plan.dq, others.dq))
     return Gradients(dq, dk, dv, None, None, d_init)
 
