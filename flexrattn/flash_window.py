@@ -23,8 +23,10 @@ from torch import Tensor
 from score_mods import MaskMod, mask_info, tensors_in
 
 DTYPES = (torch.bfloat16, torch.float16)
-# Of all GPUs that the package takes.
-LARGEST_WIDTH = 128
+# The package's backward on Hopper pads heads to a multiple of 16 in one kernel and of 32 in those around it: without an
+# error, the dq of heads of 80 was noise (4.0.0b36; flash-attention's pull request 2896). FlexAttention's FLASH calls the
+# same kernels.
+WIDTHS = (32, 64, 96, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +49,13 @@ def plain_window(mask: MaskMod) -> PlainWindow | None:
     return PlainWindow(window=info.window)
 
 
-def takes_width(D: int) -> bool:
-    return D % 8 == 0 and 8 <= D <= LARGEST_WIDTH
+def check_width(D: int) -> None:
+    """ValueError for heads whose gradients flash-attn-4 gets wrong, by whatever way it is called."""
+    if D not in WIDTHS:
+        raise ValueError(
+            f"softmax_backend 'flash' takes heads of {', '.join(map(str, WIDTHS))}, got {D}, for which flash-attn-4 "
+            "gives wrong gradients: use 'triton'"
+        )
 
 
 def check_backend(kernel_options: Mapping[str, Any], device: torch.device) -> None:
@@ -82,8 +89,8 @@ def flash_window_attention(
     window: previous keys that a query sees besides itself; None: all. scale: 1 / sqrt(D) by default.
     Differentiable; sums of the gradients come in no fixed order, but for torch.use_deterministic_algorithms(True).
 
-    Raises ValueError: shapes that do not fit, a dtype other than bfloat16 and float16, a head width that is no multiple
-    of 8 up to 128, a negative window, and where the kernels cannot run (check_backend).
+    Raises ValueError: shapes that do not fit, a dtype other than bfloat16 and float16, a head width that is not among
+    WIDTHS, a negative window, and where the kernels cannot run (check_backend).
     """
     B, T, H, D = q.shape
     if not (k.shape == v.shape == (B, T, k.shape[2], D) and H % k.shape[2] == 0):
@@ -95,8 +102,7 @@ def flash_window_attention(
             f"softmax_backend 'flash' takes bfloat16 or float16, q, k and v alike, got {got}: "
             "train in bfloat16, or use 'triton'"
         )
-    if not takes_width(D):
-        raise ValueError(f"softmax_backend 'flash' takes heads of 8, 16, ..., {LARGEST_WIDTH}, got {D}: use 'triton'")
+    check_width(D)
     if window is not None and window < 0:
         raise ValueError(f"window must be 0 or more (previous keys a query sees besides itself), got {window}")
     return flash_window_fwd(q, k, v, window, D**-0.5 if scale is None else scale)[0]

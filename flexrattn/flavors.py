@@ -27,6 +27,7 @@ from flexrattn.attention import (
     RAttention,
     ResidualLinearBranch,
 )
+from flexrattn.flash_window import check_width
 from flexrattn.initializers import Constant, DecayRate, Normal, StepBias
 from flexrattn.layer_choice import check_selectors, resolve_layers
 from flexrattn.masked_attention import KERNEL_OPTIONS, MaskedAttention, MaskSpec, ScoreModSpec
@@ -381,6 +382,8 @@ def _attention(
 
     mask: of its softmax branch, held under `key`; None: it has no such branch.
     """
+    if layers.softmax_backend == "flash" and mask is not None:
+        check_width(size.head_dim)
     gqa = make_gqa_config(
         dim=size.dim,
         n_heads=size.n_heads,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtitan.models.common.attention import FlexAttention
 
-from flexrattn.flash_window import PlainWindow, check_backend, flash_window_attention
+from flexrattn.flash_window import PlainWindow, check_backend, check_width, flash_window_attention
 from score_mods import MaskMod, ScoreMod, dense_attention, make_mask, make_score_mod, score_info, tensors_in
 
 # A mask for one attention kind: sparse blocks where a kernel uses them, a (B or 1, 1, T, T) boolean where not, and no
@@ -119,6 +119,8 @@ class MaskedAttention(FlexAttention):
         q_BHTD, k_BGTD, v_BGTD = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
         score_mod = self._bound_score_mod()
         if isinstance(attention_masks, BlockMask):
+            if self.kernel_options.get("BACKEND") == "FLASH":
+                check_width(q_BLNH.shape[-1])
             o_BHTD = MaskedAttention._static_flex(
                 q_BHTD,
                 k_BGTD,

@@ -13,7 +13,7 @@ from torchtitan.tools.logging import logger
 
 from flexrattn import flops
 from flexrattn.attention import RAttention
-from flexrattn.flash_window import PlainWindow, plain_window, takes_width
+from flexrattn.flash_window import PlainWindow, plain_window
 from flexrattn.masked_attention import Mask, MaskSpec
 from flexrattn.packing import document_ids_from_positions, rows_are_whole
 from score_mods import (
@@ -168,12 +168,9 @@ def _plain_windows(config: RAttentionModel.Config, mask_mods: dict[str, MaskMod]
     """The masks that flash-attn-4's own kernels can take for every layer that has them."""
     plain = {key: window for key, mask in mask_mods.items() if (window := plain_window(mask)) is not None}
     for layer in config.layers:
-        attention = layer.attention
-        inner = attention.inner_attention
-        flash = inner.kernel_options.get("BACKEND") == "FLASH"
-        width = attention.head_dim or attention.dim // attention.n_heads
-        if not flash or inner.score_mod is not None or not takes_width(width):
-            plain.pop(attention.mask, None)
+        inner = layer.attention.inner_attention
+        if inner.kernel_options.get("BACKEND") != "FLASH" or inner.score_mod is not None:
+            plain.pop(layer.attention.mask, None)
     return plain
 
 

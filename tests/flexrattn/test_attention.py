@@ -285,7 +285,7 @@ def test_softmax_backend_reaches_flex_attention(backend, asked_for, monkeypatch)
     layers = make_layers(layer_kind="swa", window=4, softmax_backend=backend)
     config = build_model_config(resolve_flavor("debug", {}), layers)
     mask = build_block_mask(sliding_window(4), q_len=8, kv_len=8, device="cpu")
-    q, k = torch.zeros(1, 8, 4, 16), torch.zeros(1, 8, 2, 16)
+    q, k = torch.zeros(1, 8, 4, 32), torch.zeros(1, 8, 2, 32)
     for layer in config.layers:
         layer.attention.inner_attention.build()(q, k, k, attention_masks=mask, enable_gqa=True)
     assert seen == [asked_for] * len(config.layers)

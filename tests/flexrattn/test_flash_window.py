@@ -18,6 +18,7 @@ from flexrattn.trainer import RAttentionTrainer
 from score_mods import (
     all_of,
     any_of,
+    build_block_mask,
     causal,
     dense_mask,
     document,
@@ -31,7 +32,7 @@ from tests.flexrattn.flash_stand_in import install
 from tests.score_mods.catalogue import MASKS
 
 T = 24
-SIZE = {"dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "ffn_dim": 32, "vocab_size": 16}
+SIZE = {"dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 32, "ffn_dim": 32, "vocab_size": 16}
 WHOLE = torch.arange(T).expand(2, T)
 PACKED = torch.cat([torch.arange(10), torch.arange(T - 10)]).expand(2, T)
 
@@ -43,8 +44,7 @@ def kernels(monkeypatch):
 
 def build(**options):
     options = {"window": 5, "softmax_backend": "flash", **options}
-    size = SIZE | {"head_dim": options.pop("head_dim", 8)}
-    model = build_model_config(resolve_flavor("debug", size), make_layers(**options)).build()
+    model = build_model_config(resolve_flavor("debug", SIZE), make_layers(**options)).build()
     torch.manual_seed(0)
     with torch.no_grad():
         model.init_weights()
@@ -121,7 +121,6 @@ def test_the_first_packed_row_ends_it(caplog):
     ("options", "plain"),
     [
         ({"softmax_backend": "triton"}, set()),
-        ({"head_dim": 12}, set()),
         ({"local_score_mod": {"soft_cap": {"cap": 5.0}}}, {"causal"}),
         ({"layer_score_mods": {"-1": {"soft_cap": {"cap": 5.0}}}}, {"sliding_window_5"}),
         ({"local_mask": {"attention_sink": {"sinks": 2, "window": 5}}}, {"causal"}),
@@ -151,7 +150,7 @@ def make(H: int, G: int, D: int, dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.mark.parametrize("window", [None, 0, 5, T - 2, T - 1, T + 3])
 @pytest.mark.parametrize(("H", "G"), [(4, 4), (4, 1)])
 def test_masked_attention_hands_the_law_over(kernels, window, H, G):
-    q, k, v, do = make(H, G, 16, torch.bfloat16)
+    q, k, v, do = make(H, G, 32, torch.bfloat16)
     inner = MaskedAttention.Config(kernel_options=dict(KERNEL_OPTIONS["flash"])).build()
     o = inner(q, k, v, attention_masks=PlainWindow(window=window), scale=0.3, enable_gqa=H > G)
     grads = torch.autograd.grad(o, (q, k, v), do)
@@ -169,15 +168,15 @@ def test_masked_attention_hands_the_law_over(kernels, window, H, G):
 
 def test_operators(kernels):
     """torch's own checks of schema, fakes and autograd; also of keys that have to be copied first."""
-    q, k, v, _ = make(4, 2, 16, torch.bfloat16)
-    odd = torch.randn(2, T, 2 * 2 * 16 + 1).bfloat16()[..., 1:]
-    for keys, values in ((k, v), (x.unflatten(2, (2, 16)) for x in odd.split(2 * 16, dim=2))):
+    q, k, v, _ = make(4, 2, 32, torch.bfloat16)
+    odd = torch.randn(2, T, 2 * 2 * 32 + 1).bfloat16()[..., 1:]
+    for keys, values in ((k, v), (x.unflatten(2, (2, 32)) for x in odd.split(2 * 32, dim=2))):
         for window in (5, None):
             torch.library.opcheck(flash_window_fwd, (q, keys, values, window, 0.25))
 
 
 def test_one_graph_a_window(kernels):
-    q, k, v, do = make(4, 2, 16, torch.bfloat16)
+    q, k, v, do = make(4, 2, 32, torch.bfloat16)
     inner = MaskedAttention.Config(kernel_options=dict(KERNEL_OPTIONS["flash"])).build()
 
     def attend(q, k, v, masks):
@@ -226,7 +225,7 @@ def test_what_checkpointing_runs_again(kernels, config, expected, compiled):
     class Block(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.project = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(3))
+            self.project = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(3))
             self.inner = MaskedAttention.Config(kernel_options=dict(KERNEL_OPTIONS["flash"])).build()
 
         def forward(self, x):
@@ -235,7 +234,7 @@ def test_what_checkpointing_runs_again(kernels, config, expected, compiled):
 
     torch.manual_seed(0)
     block = Block().bfloat16()
-    x = torch.randn(2, T, 16).bfloat16()
+    x = torch.randn(2, T, 32).bfloat16()
     wanted = torch.autograd.grad(block(x).sum(), list(block.parameters()))
     kernels.calls.clear()
     wrapped = config.build()._wrap_block(block, base_fqn="layers.0")
@@ -249,7 +248,7 @@ def test_what_checkpointing_runs_again(kernels, config, expected, compiled):
 
 
 def test_refusals():
-    q, k, v, _ = make(4, 2, 16, torch.bfloat16)
+    q, k, v, _ = make(4, 2, 32, torch.bfloat16)
 
     def refused(match: str, *given, **options):
         with pytest.raises(ValueError, match=match):
@@ -257,10 +256,18 @@ def test_refusals():
 
     refused(r"needs a Hopper or newer GPU, this is cpu: use 'triton'", q, k, v)
     refused(r"takes bfloat16 or float16, q, k and v alike, got float32, bfloat16", q.float(), k, v)
-    refused(r"with H a multiple of G, got \(2, 24, 3, 16\)", q[:, :, :3], k, v)
+    refused(r"with H a multiple of G, got \(2, 24, 3, 32\)", q[:, :, :3], k, v)
     refused(r"k and v \(B, T, G, D\) with H a multiple of G", q, k[:, 1:], v[:, 1:])
-    refused(r"takes heads of 8, 16, ..., 128, got 12: use 'triton'", *(x[..., :12] for x in (q, k, v)))
+    wrong = r"takes heads of 32, 64, 96, 128, got 16, for which flash-attn-4 gives wrong gradients: use 'triton'"
+    refused(wrong, *(x[..., :16] for x in (q, k, v)))
     refused(r"window must be 0 or more .* got -1", q, k, v, window=-1)
+    # By every way to the package.
+    block_mask = build_block_mask(causal(), q_len=T, kv_len=T, device="cpu")
+    flex = MaskedAttention.Config(kernel_options=dict(KERNEL_OPTIONS["flash"])).build()
+    with pytest.raises(ValueError, match=wrong):
+        flex(*(x[..., :16] for x in (q, k, v)), attention_masks=block_mask, enable_gqa=True)
+    with pytest.raises(ValueError, match=wrong):
+        build_model_config(resolve_flavor("debug", SIZE | {"head_dim": 16}), make_layers(softmax_backend="flash"))
     spec = ScoreModSpec(name="soft_cap", args={"cap": 5.0})
     inner = MaskedAttention.Config(score_mod=spec).build()
     with pytest.raises(ValueError, match=r"a score mod needs a block mask, got PlainWindow\(window=5\)"):
