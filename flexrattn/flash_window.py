@@ -24,8 +24,8 @@ from score_mods import MaskMod, mask_info, tensors_in
 
 DTYPES = (torch.bfloat16, torch.float16)
 # The package's backward on Hopper pads heads to a multiple of 16 in one kernel and of 32 in those around it: without an
-# error, the dq of heads of 80 was noise (4.0.0b36; flash-attention's pull request 2896). FlexAttention's FLASH calls the
-# same kernels.
+# error, the dq of heads of 80 was noise (4.0.0b36; flash-attention's pull request 2896). FlexAttention's FLASH calls
+# the same kernels.
 WIDTHS = (32, 64, 96, 128)
 
 

@@ -30,8 +30,12 @@ MISTAKES = {
     "swa-without-window": ({"recipe_args": {"layer_kind": "swa", "window": None}}, "'swa' needs a window"),
     "heads": ({"recipe_args": {"model": {"n_kv_heads": 3}}}, "n_heads must be a multiple of n_kv_heads"),
     "softmax-backend": ({"recipe_args": {"softmax_backend": "flsh"}}, "did you mean 'flash'"),
-    "softmax-backend-on-cpu": (
+    "softmax-backend-heads": (
         {"recipe_args": {"softmax_backend": "flash"}},
+        "softmax_backend 'flash' takes heads of 32, 64, 96, 128, got 8, for which flash-attn-4 gives wrong gradients",
+    ),
+    "softmax-backend-on-cpu": (
+        {"recipe_args": {"softmax_backend": "flash", "model": {"dim": 32, "head_dim": 32}}},
         "softmax_backend 'flash' needs a Hopper or newer GPU, this is cpu: use 'triton'",
     ),
     "feature-map": ({"recipe_args": {"feature_map": "elu"}}, "unknown feature_map 'elu'"),
