@@ -53,8 +53,8 @@ def check_width(D: int) -> None:
     """ValueError for heads whose gradients flash-attn-4 can get wrong, by whatever way it is called."""
     if D not in WIDTHS:
         raise ValueError(
-            f"softmax_backend 'flash' takes heads of {', '.join(map(str, WIDTHS))}, got {D}: flash-attn-4's gradients of "
-            "others can be wrong, use 'triton'"
+            f"softmax_backend 'flash' takes heads of {', '.join(map(str, WIDTHS))}, got {D}: flash-attn-4's gradients "
+            "of others can be wrong, use 'triton'"
         )
 
 

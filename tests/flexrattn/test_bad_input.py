@@ -32,7 +32,7 @@ MISTAKES = {
     "softmax-backend": ({"recipe_args": {"softmax_backend": "flsh"}}, "did you mean 'flash'"),
     "softmax-backend-heads": (
         {"recipe_args": {"softmax_backend": "flash"}},
-        "softmax_backend 'flash' takes heads of 32, 64, 96, 128, got 8: flash-attn-4's gradients of others can be wrong",
+        "softmax_backend 'flash' takes heads of 32, 64, 96, 128, got 8: flash-attn-4's gradients of others can be",
     ),
     "softmax-backend-on-cpu": (
         {"recipe_args": {"softmax_backend": "flash", "model": {"dim": 32, "head_dim": 32}}},
