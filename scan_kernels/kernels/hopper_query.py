@@ -47,26 +47,46 @@ def _share_features(s_1, s_2, x, C: gl.constexpr, D: gl.constexpr, MAP: gl.const
 
 
 @gluon.jit
-def _masks(
+def _first_read(
     query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st,
-    C: gl.constexpr, SCORES: gl.constexpr, ACC: gl.constexpr, HAS_DOCS: gl.constexpr,
+    C: gl.constexpr, SCORES: gl.constexpr, HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
-    """Which query (row) reads which key (column) of the chunk, and which queries read the state before it."""
+    """The first key of the chunk that each query (row of SCORES) reads, -1 where it reads the state before it, too.
+
+    Ids never fall, so that a query's own document are the last keys up to it: one number a row in place of one bit for
+    every pair, which a loop over heads would hold in registers.
+    """
     i_row = gl.arange(0, C, gl.SliceLayout(1, SCORES))
-    j_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
-    o_row = gl.arange(0, C, gl.SliceLayout(1, ACC))
-    pairs = i_row[:, None] >= j_row[None, :]
-    reads = o_row >= 0
+    first = i_row * 0 - 1
     if HAS_DOCS:
+        j_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
         carried = gl.load(carried_doc + b)
         key_doc += b * doc_sb
-        query_doc += b * qdoc_sb
         before = key_document(key_doc, doc_st, carried, n * C - 1, lag, T)
-        doc_i = gl.load(query_doc + gl.minimum(n * C + i_row, T - 1).to(gl.int64) * qdoc_st)
+        doc_i = gl.load(query_doc + b * qdoc_sb + gl.minimum(n * C + i_row, T - 1).to(gl.int64) * qdoc_st)
         doc_j = key_document(key_doc, doc_st, carried, n * C + j_row, lag, T)
-        pairs = pairs & (doc_i[:, None] == doc_j[None, :])
-        reads = gl.load(query_doc + gl.minimum(n * C + o_row, T - 1).to(gl.int64) * qdoc_st) == before
-    return pairs, reads
+        others = (i_row[:, None] >= j_row[None, :]) & (doc_i[:, None] != doc_j[None, :])
+        first = gl.max(gl.where(others, j_row[None, :] + 1, 0), 1)
+        first = gl.where((first == 0) & (doc_i == before), -1, first)
+    return first
+
+
+@gluon.jit
+def _pairs(first, C: gl.constexpr, SCORES: gl.constexpr, HAS_DOCS: gl.constexpr):
+    """Which query (row) reads which key (column) of the chunk."""
+    i_row = gl.arange(0, C, gl.SliceLayout(1, SCORES))
+    j_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
+    pairs = i_row[:, None] >= j_row[None, :]
+    if HAS_DOCS:
+        pairs = pairs & (j_row[None, :] >= made_here(first)[:, None])
+    return pairs
+
+
+@gluon.jit
+def _of_state(out, first, ACC: gl.constexpr):
+    """Products with the state before the chunk, 0 for queries of a later document: not even its NaN passes."""
+    reads = gl.convert_layout(first, gl.SliceLayout(1, ACC)) < 0
+    return gl.where(reads[:, None], out, 0.0)
 
 
 @gluon.jit
@@ -112,8 +132,8 @@ def hopper_output_kernel(
     s_v.store(rename(bf16_of(gl.where(bad[:, None] != 0, 0, value), TILE), C, D))
     any_bad = gl.max(bad, 0)
     _share_features(s_k1, s_k2, gl.where(bad[:, None] != 0, 0, key), C, D, MAP, PAIRED)
-    pairs, reads = _masks(
-        query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
+    first_read = _first_read(
+        query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, HAS_DOCS
     )
     o += (b * T * G * R + g * R) * D
     async_copy.wait_group(0)
@@ -133,23 +153,23 @@ def hopper_output_kernel(
         scores = warpgroup_mma_wait(1, deps=[scores])
         if MAP == _SOFTMAX:
             scores = scores + MEAN
-        b_scores = gl.convert_layout(gl.where(pairs, scores, 0.0).to(gl.bfloat16), LEFT_SCORES)
+        b_scores = gl.convert_layout(gl.where(_pairs(first_read, C, SCORES, HAS_DOCS), scores, 0.0).to(gl.bfloat16), LEFT_SCORES)
         if HAS_DOCS:
             out = warpgroup_mma_wait(0, deps=[out])
-            out = gl.where(reads[:, None], out, 0.0)
+            out = _of_state(out, first_read, ACC)
         out = warpgroup_mma(b_scores, s_v, out, is_async=True)
         out = warpgroup_mma_wait(0, deps=[out])
         out = to_memory(out, C, D, TILE)
         if MAP == _SOFTMAX:
             row_mean = s_mean.load(gl.SliceLayout(0, TILE))
             if HAS_DOCS:
-                reads_row = gl.convert_layout(reads, gl.SliceLayout(1, TILE))
-                out += gl.where(reads_row[:, None], row_mean[None, :], 0.0)
+                reads = gl.convert_layout(first_read, gl.SliceLayout(1, TILE)) < 0
+                out += gl.where(reads[:, None], row_mean[None, :], 0.0)
             else:
                 out += row_mean[None, :]
         if any_bad != 0:
             bad_j = gl.convert_layout(bad, gl.SliceLayout(0, SCORES))
-            reads_bad = gl.max((pairs & (bad_j != 0)[None, :]).to(gl.int32), 1)
+            reads_bad = gl.max((_pairs(first_read, C, SCORES, HAS_DOCS) & (bad_j != 0)[None, :]).to(gl.int32), 1)
             reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
             out = gl.where((reads_bad != 0)[:, None], float("nan"), out)
         store_tile(o + r * D, G * R * D, n * C, out, 0, T, C, D, TILE)
@@ -191,8 +211,8 @@ def hopper_dq_kernel(
     s_v.store(rename(bf16_of(value, TILE), C, D))
     any_bad = gl.max(bad, 0)
     _share_features(s_k1, s_k2, gl.where(bad[:, None] != 0, 0, key), C, D, MAP, PAIRED)
-    pairs, reads = _masks(
-        query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
+    first_read = _first_read(
+        query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, HAS_DOCS
     )
     o_c = gl.arange(0, C, gl.SliceLayout(1, TILE))
     query = load_pairs(q + b * q_sb + g * R * q_sh, q_st, n * C, 0, T, C, D, TILE)
@@ -213,10 +233,10 @@ def hopper_dq_kernel(
             b_do, s_s1.permute([1, 0]), gl.zeros([C, D], gl.float32, ACC), use_acc=False, is_async=True
         )
         d_scores = warpgroup_mma_wait(1, deps=[d_scores])
-        b_ds = gl.convert_layout(gl.where(pairs, d_scores, 0.0).to(gl.bfloat16), LEFT_SCORES)
+        b_ds = gl.convert_layout(gl.where(_pairs(first_read, C, SCORES, HAS_DOCS), d_scores, 0.0).to(gl.bfloat16), LEFT_SCORES)
         if HAS_DOCS:
             dphi = warpgroup_mma_wait(0, deps=[dphi])
-            dphi = gl.where(reads[:, None], dphi, 0.0)
+            dphi = _of_state(dphi, first_read, ACC)
         dphi = warpgroup_mma(b_ds, s_k1, dphi, is_async=True)
         dphi = warpgroup_mma_wait(0, deps=[dphi])
         # Three tiles in fp32 are as many registers as there are: the first half waits in bf16.
@@ -228,7 +248,7 @@ def hopper_dq_kernel(
             )
             if HAS_DOCS:
                 dphi2 = warpgroup_mma_wait(0, deps=[dphi2])
-                dphi2 = gl.where(reads[:, None], dphi2, 0.0)
+                dphi2 = _of_state(dphi2, first_read, ACC)
             dphi2 = warpgroup_mma(b_ds, s_k2, dphi2, is_async=True)
             dphi2 = warpgroup_mma_wait(0, deps=[dphi2])
             even, odd = halves_of(waiting)
@@ -236,13 +256,13 @@ def hopper_dq_kernel(
                 query, to_memory(dphi2, C, D, TILE), logs2, -1.0, MAP, TILE
             )
         upper = gl.where(r + 1 < R, T, 0)
-        if dq_other is None:
+        if dq_other is None and not HAS_DOCS:
             d_out = load_pairs(do + b * do_sb + (g * R + r + 1) * do_sh, do_st, first, 0, upper, C, D, TILE, True)
             query = load_pairs(q + b * q_sb + (g * R + r + 1) * q_sh, q_st, first, 0, upper, C, D, TILE, True)
         if any_bad != 0:
             key = load_pairs(k + b * k_sb + g * k_sg, k_st, first - lag, 0, T - lag, C, D, TILE, True)
             bad_j = gl.convert_layout(is_bad(key), gl.SliceLayout(0, SCORES))
-            reads_bad = gl.max((pairs & (bad_j != 0)[None, :]).to(gl.int32), 1)
+            reads_bad = gl.max((_pairs(first_read, C, SCORES, HAS_DOCS) & (bad_j != 0)[None, :]).to(gl.int32), 1)
             reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
             d_query = gl.where((reads_bad != 0)[:, None], float("nan"), d_query)
         if dq_other is not None:
@@ -250,7 +270,7 @@ def hopper_dq_kernel(
             other = load_pairs(dq_other + b * dqo_sb + (g * R + r) * dqo_sh, dqo_st, first, 0, T, C, D, TILE, True)
             d_query = d_query + bf16_of(other, TILE).to(gl.float32)
         store_tile(dq + (b * T * G * R + g * R + r) * D, G * R * D, first, d_query, 0, T, C, D, TILE, True)
-        if dq_other is not None:
+        if dq_other is not None or HAS_DOCS:
             d_out = load_pairs(do + b * do_sb + (g * R + r + 1) * do_sh, do_st, first, 0, upper, C, D, TILE, True)
             query = load_pairs(q + b * q_sb + (g * R + r + 1) * q_sh, q_st, first, 0, upper, C, D, TILE, True)
 
