@@ -385,6 +385,13 @@ def made_here(x):
 
 
 @gluon.jit
+def zero_of(x):
+    """0, from any number that is not negative. Neither compiler knows that: an address that is computed from it is not
+    taken for the one that is computed from 0, or from another number, and kept in registers from there to here."""
+    return gl.minimum(x, 0)
+
+
+@gluon.jit
 def is_bad(x):
     """1 for rows of pairs with a NaN or an infinity: 0 times those is NaN."""
     ROWS: gl.constexpr = gl.SliceLayout(1, x.type.layout)

@@ -153,7 +153,9 @@ def hopper_output_kernel(
         scores = warpgroup_mma_wait(1, deps=[scores])
         if MAP == _SOFTMAX:
             scores = scores + MEAN
-        b_scores = gl.convert_layout(gl.where(_pairs(first_read, C, SCORES, HAS_DOCS), scores, 0.0).to(gl.bfloat16), LEFT_SCORES)
+        b_scores = gl.convert_layout(
+            gl.where(_pairs(first_read, C, SCORES, HAS_DOCS), scores, 0.0).to(gl.bfloat16), LEFT_SCORES
+        )
         if HAS_DOCS:
             out = warpgroup_mma_wait(0, deps=[out])
             out = _of_state(out, first_read, ACC)
@@ -233,7 +235,9 @@ def hopper_dq_kernel(
             b_do, s_s1.permute([1, 0]), gl.zeros([C, D], gl.float32, ACC), use_acc=False, is_async=True
         )
         d_scores = warpgroup_mma_wait(1, deps=[d_scores])
-        b_ds = gl.convert_layout(gl.where(_pairs(first_read, C, SCORES, HAS_DOCS), d_scores, 0.0).to(gl.bfloat16), LEFT_SCORES)
+        b_ds = gl.convert_layout(
+            gl.where(_pairs(first_read, C, SCORES, HAS_DOCS), d_scores, 0.0).to(gl.bfloat16), LEFT_SCORES
+        )
         if HAS_DOCS:
             dphi = warpgroup_mma_wait(0, deps=[dphi])
             dphi = _of_state(dphi, first_read, ACC)
