@@ -18,6 +18,7 @@ from scan_kernels.kernels.chunk_given import launch_chunk_given
 from scan_kernels.kernels.chunk_output import launch_chunk_output_fwd
 from scan_kernels.kernels.chunk_state import launch_chunk_state_bwd, launch_chunk_state_fwd
 from scan_kernels.kernels.configs import Plan
+from scan_kernels.kernels.empty_rows import launch_empty_rows
 from scan_kernels.kernels.hopper_dkv import launch_hopper_dkv
 from scan_kernels.kernels.hopper_query import launch_hopper_dq, launch_hopper_output
 from scan_kernels.kernels.hopper_state import (
@@ -44,9 +45,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
-def sizes_of(q: Tensor, k: Tensor, v: Tensor, lag: int, feature_map: str, plan: Plan) -> Sizes:
+def empty_chunks(T: int, lag: int, chunk: int) -> int:
+    """Chunks in front whose queries are all too young for a key, but never all."""
+    return min(max(lag, 0) // chunk, -(-T // chunk) - 1)
+
+
+def sizes_of(
+    q: Tensor, k: Tensor, v: Tensor, lag: int, feature_map: str, plan: Plan, *, from_zero: bool = True
+) -> Sizes:
+    """from_zero: a query without keys reads nothing, neither what is carried nor a start state."""
     number, halves = MAPS[feature_map]
-    return Sizes(
+    sizes = Sizes(
         B=q.shape[0],
         T=q.shape[1],
         M=k.shape[1],
@@ -59,8 +68,10 @@ def sizes_of(q: Tensor, k: Tensor, v: Tensor, lag: int, feature_map: str, plan: 
         halves=halves,
         chunk=plan.chunk,
         segment=plan.segment,
+        empty=empty_chunks(q.shape[1], lag, plan.chunk) if from_zero else 0,
         reordered=plan.hopper,
     )
+    return replace(sizes, segment=sizes.even(plan.segment))
 
 
 def split_init(sizes: Sizes, state_BGFD: Tensor | None) -> Tensor | None:
@@ -121,7 +132,7 @@ def kept_states(sizes: Sizes, x: Tensors, kept: Kept, plan: Plan, run=Launch.run
     """The states of all chunks from the kept ones, without a scan, and the sizes that their readers take."""
     if kept.every == 1:
         return sizes, States(kept.states, kept.sums, None, None, None)
-    sizes = replace(sizes, segment=kept.every)
+    sizes = replace(sizes, segment=sizes.even(kept.every))
     first = launch_chunk_state_fwd(sizes, x, plan.state_fwd, compute_dtype(x.q.dtype), with_totals=False)
     run(first)
     made = first.args
@@ -136,9 +147,17 @@ def forward(
     compute = compute_dtype(x.q.dtype)
     first = launch_chunk_state_fwd(sizes, x, plan.state_fwd, compute)
     states, final = scan_states(sizes, first, init, backward=False, with_final=with_final, run=run)
-    o = torch.empty(sizes.B, sizes.T, sizes.H, sizes.DV, dtype=x.q.dtype, device=x.q.device)
+    o = _new_rows(sizes, x.q, sizes.DV, None, run)
     run(launch_chunk_output_fwd(sizes, x, states, o, plan.output, compute))
     return o, final, _keep(sizes, states, save_every, run)
+
+
+def _new_rows(sizes: Sizes, q: Tensor, width: int, other: Tensor | None, run) -> Tensor:
+    """(B, T, H, width) of q's dtype, only the rows of the empty chunks written: zeros, or those of `other`."""
+    x = torch.empty(sizes.B, sizes.T, sizes.H, width, dtype=q.dtype, device=q.device)
+    if sizes.empty:
+        run(launch_empty_rows(sizes, x, other))
+    return x
 
 
 def _keep(sizes: Sizes, states: States, save_every: int, run) -> Kept | None:
@@ -194,13 +213,14 @@ def backward(
         cut = sizes
     else:
         cut, states = kept_states(sizes, x, kept, plan, run)
-    dq, dk, dv = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for like in (x.q, x.k, x.v))
+    dk, dv = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for like in (x.k, x.v))
     d_read = d_paired = d_start = None
     if x.cum_hi is not None:
         d_read = torch.empty(sizes.B, sizes.T, sizes.H, device=x.q.device)
         d_paired = torch.empty(sizes.B, sizes.G, sizes.N * sizes.chunk, device=x.q.device)
     if x.start_log is not None:
         d_start = torch.empty(sizes.B, sizes.T, sizes.H, device=x.q.device)
+    dq = _new_rows(sizes, x.q, sizes.D, others.dq, run)
     run(launch_chunk_dq(cut, x, states, do, dq, d_read, d_paired, d_start, plan.dq, compute, others.dq))
     if x.cum_hi is None:
         del states
@@ -303,7 +323,7 @@ def _hopper_forward(
 ) -> tuple[Tensor, Tensor | None, Kept | None]:
     made, final = _hopper_states(sizes, x, init, plan, with_final=with_final, run=run)
     states = States(made.args["states"], made.args["value_sums"], None, None, None)
-    o = torch.empty(sizes.B, sizes.T, sizes.H, sizes.DV, dtype=x.q.dtype, device=x.q.device)
+    o = _new_rows(sizes, x.q, sizes.DV, None, run)
     run(launch_hopper_output(sizes, x, states, o, plan.output))
     return o, final, _keep(sizes, states, save_every, run)
 
@@ -323,7 +343,7 @@ def _hopper_backward(
 ) -> Gradients:
     if not do.is_meta:
         do, others = _rows_of_16_bytes(do), _aligned_others(others)
-    dq, dk, dv = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for like in (x.q, x.k, x.v))
+    dk, dv = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for like in (x.k, x.v))
     last = launch_hopper_state_bwd(sizes, x, do, plan.state_bwd)
     logs = last.args["logs"]
     behind, d_init = scan_states(sizes, last, final_init, backward=True, with_final=with_init_grad, run=run)
@@ -337,11 +357,12 @@ def _hopper_backward(
     elif kept.every == 1:
         chunks = kept.states
     else:
-        cut = replace(sizes, segment=kept.every)
+        cut = replace(sizes, segment=sizes.even(kept.every))
         first = launch_hopper_state_fwd(cut, x, kept.states, kept.sums, plan.state_fwd)
         run(first)
         chunks = first.args["states"]
         del first
+    dq = _new_rows(sizes, x.q, sizes.D, others.dq, run)
     run(launch_hopper_dq(sizes, x, chunks, do, logs, dq, plan.dq, others.dq))
     return Gradients(dq, dk, dv, None, None, d_init)
 
@@ -358,9 +379,15 @@ def plan_of(inputs: Inputs, capability: int = 90) -> Plan:
     return configs.plan_for(q.dtype, q.shape[3], v.shape[3], capability, with_start, with_decay)
 
 
-def rows_kept(inputs: Inputs, save_every: int) -> int:
+def from_zero(inputs: Inputs) -> bool:
+    """See `sizes_of`. Decays have sums over all chunks of their own."""
+    return inputs.rows is None and inputs.carried is None and inputs.start is None
+
+
+def rows_kept(inputs: Inputs, lag: int, save_every: int) -> int:
     """States that a forward keeps for each KV head of each sequence."""
-    return kept_rows(-(-inputs.q.shape[1] // plan_of(inputs).chunk), save_every)
+    T, chunk = inputs.q.shape[1], plan_of(inputs).chunk
+    return kept_rows(-(-T // chunk), empty_chunks(T, lag, chunk) if from_zero(inputs) else 0, save_every)
 
 
 def prepare(
@@ -369,7 +396,7 @@ def prepare(
     """The arguments of the ops as the stages take them. `capability`: of meta tensors."""
     plan = plan or plan_of(inputs, capability)
     q, k, v, rows, query_doc, key_doc, carried_doc, carried, start, start_log = inputs
-    sizes = sizes_of(q, k, v, lag, feature_map, plan)
+    sizes = sizes_of(q, k, v, lag, feature_map, plan, from_zero=from_zero(inputs))
     if plan.hopper and not q.is_meta:
         q, k, v = _rows_of_16_bytes(q), _rows_of_16_bytes(k), _rows_of_16_bytes(v)
     cum_hi = cum_lo = start_sum = None

@@ -216,7 +216,7 @@ def fused_fwd(
 @fused_fwd.register_fake
 def _(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(*arguments[:10])
-    _, feature_map, with_final, save_every = arguments[10:]
+    lag, feature_map, with_final, save_every = arguments[10:]
     q, k, v = inputs[:3]
     o = q.new_empty(*q.shape[:3], v.shape[3])
     B, G, F, Dv = q.shape[0], k.shape[2], feature_dim(feature_map, q.shape[3]), v.shape[3]
@@ -229,7 +229,7 @@ def _(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if save_every:
         from scan_kernels import fused
 
-        rows_kept = fused.rows_kept(inputs, save_every)
+        rows_kept = fused.rows_kept(inputs, lag, save_every)
         kept_shape, kept_sums_shape = (B * G, rows_kept, F, Dv), (B * G, rows_kept, Dv)
     return o, final, q.new_empty(kept_shape, dtype=compute), q.new_empty(kept_sums_shape, dtype=torch.float32)
 

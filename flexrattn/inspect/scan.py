@@ -175,6 +175,14 @@ def work(launch: Any) -> tuple[int | None, int]:
     args = launch.args
     tensors = {id(x): x for x in args.values() if isinstance(x, Tensor)}
     sizes_of = {key: x.numel() * x.element_size() for key, x in tensors.items()}
+    empty = args.get("empty", 0)
+    by_chunk = (*_BY_CHUNK, *(("x", "y") if args.get("BACKWARD") else ())) if empty else ()
+    for name in by_chunk:
+        if args.get(name) is not None:
+            sizes_of[id(args[name])] = sizes_of[id(args[name])] * (args["N"] - empty) // args["N"]
+    if "empty_rows" in launch.kernel.fn.__name__:  # grid: chunks, heads, sequences
+        x, rows = args["x"], launch.grid[0] * args["C"]
+        return 0, x[:, :rows].numel() * x.element_size() * (1 if args["other"] is None else 2)
     if "kept" in args:  # of all states it reads the rows that it keeps
         most = sizes_of[id(args["kept"])]
         sizes_of = {key: min(size, most) for key, size in sizes_of.items()}
@@ -186,12 +194,17 @@ def work(launch: Any) -> tuple[int | None, int]:
     return formula(sizes) * sizes.N * sizes.BG, nbytes
 
 
+# Of what chunks read and write, the empty ones in front neither: no other stage writes their rows of o and dq.
+_BY_CHUNK = ("q", "do", "o", "dq", "dq_other", "states", "value_sums", "sums", "factors", "logs")
+
+
 class _Sizes:
     """The letters of a launch's arguments."""
 
     def __init__(self, args: dict[str, Any], BG: int) -> None:
         self.BG = BG
         self.N, self.C, self.D, self.F = (args.get(letter, 0) for letter in "NCDF")
+        self.N -= args.get("empty", 0)  # chunks in front that have no products
         self.DV = args.get("DV", self.D)
         self.R = args.get("R", 1)
         self.start = args.get("start") is not None
@@ -244,6 +257,7 @@ _FLOPS: dict[str, Callable[[_Sizes], int]] = {
     # Additions and copies alone.
     "state_scan_kernel": lambda s: 0,
     "border_states_kernel": lambda s: 0,
+    "empty_rows_kernel": lambda s: 0,
     "branch_sum_fwd_kernel": lambda s: 0,
     "branch_sum_bwd_kernel": lambda s: 0,
 }

@@ -1,6 +1,6 @@
 """Between stages 2 and 3, where a forward keeps states: the whole state before every EVERY-th chunk.
 
-K_i = S_n + f_n carry,  n = i EVERY                with a row of zeros behind the last one, so that K is a carry, too
+K_i = S_n + f_n carry,  n = FIRST + i EVERY        with a row of zeros behind the last one, so that K is a carry, too
 """
 
 import torch
@@ -17,22 +17,22 @@ BLOCK_F = 32
 @triton.jit
 def border_states_kernel(
     states, sums, factors, carry, carry_sums, kept, kept_sums,
-    N, SEGMENT, EVERY,
+    N, SEGMENT, FIRST, EVERY, empty,
     F: tl.constexpr, DV: tl.constexpr, BLOCK_F: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_CARRY: tl.constexpr,
     HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
     i, f0, bg = tl.program_id(0), tl.program_id(1) * BLOCK_F, tl.program_id(2).to(tl.int64)
     rows = tl.num_programs(0)
-    n = i * EVERY
+    n = FIRST + i * EVERY
     o_f, o_v = f0 + tl.arange(0, BLOCK_F), tl.arange(0, DV)
     o_tile = o_f[:, None] * DV + o_v[None, :]
     p_kept = kept + (bg * rows + i) * F * DV + o_tile
     p_kept_sums = kept_sums + (bg * rows + i) * DV + o_v
     state = tl.zeros((BLOCK_F, DV), kept.dtype.element_ty)
     value_sum = tl.zeros((DV,), tl.float32)
-    if n < N:
-        segment = n // SEGMENT
-        segments = (N + SEGMENT - 1) // SEGMENT
+    if (n >= empty) & (n < N):
+        segment = (n - empty) // SEGMENT
+        segments = (N - empty + SEGMENT - 1) // SEGMENT
         p_state = states + (bg * N + n) * F * DV + o_tile
         p_carry = carry + (bg * (segments + 1) + segment) * F * DV + o_tile if HAS_CARRY else p_state
         factor = tl.load(factors + bg * N + n) if HAS_FACTOR and HAS_CARRY else 1.0
@@ -46,14 +46,15 @@ def border_states_kernel(
         tl.store(p_kept_sums, value_sum)
 
 
-def kept_rows(chunks: int, every: int) -> int:
-    """Rows of `kept`: with every = 1 the states of all chunks, else a carry for segments of `every` chunks."""
-    return chunks if every == 1 else -(-chunks // every) + 1
+def kept_rows(chunks: int, empty: int, every: int) -> int:
+    """Rows of `kept`: with every = 1 the states of all chunks, else a carry for segments of `every` chunks, which the
+    empty ones are not in."""
+    return chunks if every == 1 else -(-(chunks - empty) // every) + 1
 
 
 def launch_border_states(sizes: Sizes, states: States, every: int, has_sums: bool) -> tuple[Launch, Tensor, Tensor]:
     """kept (B * G, rows, F, DV) in the dtype of the states and, in fp32, the sums of the values."""
-    rows = kept_rows(sizes.N, every)
+    rows = kept_rows(sizes.N, sizes.empty, every)
     kept = states.chunks.new_empty(sizes.B * sizes.G, rows, sizes.F, sizes.DV)
     kept_sums = states.chunks.new_empty(sizes.B * sizes.G, rows, sizes.DV, dtype=torch.float32)
     args = {
@@ -66,7 +67,9 @@ def launch_border_states(sizes: Sizes, states: States, every: int, has_sums: boo
         "kept_sums": kept_sums,
         "N": sizes.N,
         "SEGMENT": sizes.segment,
-        "EVERY": every,
+        "FIRST": 0 if every == 1 else sizes.empty,
+        "EVERY": sizes.even(every),
+        "empty": sizes.empty,
         "F": sizes.F,
         "DV": sizes.DV,
         "BLOCK_F": min(BLOCK_F, sizes.F),

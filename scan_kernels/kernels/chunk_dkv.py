@@ -32,12 +32,12 @@ def chunk_dkv_kernel(
     states, sums, factors, carry, carry_sums,
     q_sb, q_st, q_sh, q_sd, k_sb, k_st, k_sg, k_sd, v_sb, v_st, v_sg, v_sd, do_sb, do_st, do_sh, do_sd,
     dko_sb, dko_st, dko_sg, dko_sd, dvo_sb, dvo_st, dvo_sg, dvo_sd, qdoc_sb, qdoc_st, doc_sb, doc_st,
-    T, M, lag, N, G, SEGMENT,
+    T, M, lag, N, G, SEGMENT, empty,
     R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, C: tl.constexpr,
     HEADS: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_CARRY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n, bg = tl.program_id(0) + empty, tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
     PAIRED: tl.constexpr = F == 2 * D
     HAS_FACTOR: tl.constexpr = HAS_DECAY or HAS_DOCS
@@ -71,8 +71,8 @@ def chunk_dkv_kernel(
     if PAIRED:
         b_k2 = feature_map(key, -1.0, MAP, D).to(compute)
 
-    segment = n // SEGMENT
-    segments = (N + SEGMENT - 1) // SEGMENT
+    segment = (n - empty) // SEGMENT
+    segments = (N - empty + SEGMENT - 1) // SEGMENT
     o_tile = o_d[:, None] * DV + o_v[None, :]
     states += (bg * N + n) * F * DV
     if HAS_CARRY:
@@ -195,5 +195,5 @@ def launch_chunk_dkv(
         **strides(dk_other, "dko_sb dko_st dko_sg dko_sd"),
         **strides(dv_other, "dvo_sb dvo_st dvo_sg dvo_sd"),
     }
-    chunks_with_keys = -(-(sizes.M + sizes.lag) // sizes.chunk)
-    return Launch(chunk_dkv_kernel, (chunks_with_keys, sizes.B * sizes.G), args, config.options)
+    with_keys = -(-(sizes.M + sizes.lag) // sizes.chunk) - sizes.empty
+    return Launch(chunk_dkv_kernel, (with_keys, sizes.B * sizes.G), args, config.options)

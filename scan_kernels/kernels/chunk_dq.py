@@ -21,12 +21,12 @@ def chunk_dq_kernel(
     states, sums, factors, carry, carry_sums,
     q_sb, q_st, q_sh, q_sd, k_sb, k_st, k_sg, k_sd, v_sb, v_st, v_sg, v_sd, do_sb, do_st, do_sh, do_sd,
     dqo_sb, dqo_st, dqo_sh, dqo_sd, qdoc_sb, qdoc_st, doc_sb, doc_st,
-    T, lag, N, G, X, SEGMENT,
+    T, lag, N, G, X, SEGMENT, empty,
     R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, C: tl.constexpr,
     HEADS: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_CARRY: tl.constexpr,
     HAS_START: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n, bg = tl.program_id(0) + empty, tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
     PAIRED: tl.constexpr = F == 2 * D
     HAS_FACTOR: tl.constexpr = HAS_DECAY or HAS_DOCS
@@ -35,8 +35,8 @@ def chunk_dq_kernel(
     o_c, o_d, o_v = tl.arange(0, C), tl.arange(0, D), tl.arange(0, DV)
 
     # The state before the chunk.
-    segment = n // SEGMENT
-    segments = (N + SEGMENT - 1) // SEGMENT
+    segment = (n - empty) // SEGMENT
+    segments = (N - empty + SEGMENT - 1) // SEGMENT
     o_tile = o_d[:, None] * DV + o_v[None, :]
     p_state = states + (bg * N + n) * F * DV + o_tile
     p_carry = carry + (bg * (segments + 1) + segment) * F * DV + o_tile if HAS_CARRY else p_state
@@ -207,4 +207,4 @@ def launch_chunk_dq(
         **strides(do, "do_sb do_st do_sh do_sd"),
         **strides(other, "dqo_sb dqo_st dqo_sh dqo_sd"),
     }
-    return Launch(chunk_dq_kernel, (sizes.N, sizes.B * sizes.G), args, config.options)
+    return Launch(chunk_dq_kernel, (sizes.N - sizes.empty, sizes.B * sizes.G), args, config.options)

@@ -90,7 +90,7 @@ def launch_chunk_given(sizes: Sizes, x: Tensors, states: States, config: Config,
     args = query_args(sizes, x, states, config, compute)
     for name in ("q", "q_sb", "q_st", "q_sh", "q_sd", "query_doc", "qdoc_sb", "qdoc_st", "R", "HEADS", "HAS_DECAY"):
         del args[name]
-    for name in ("start", "start_sum", "start_log", "X", "HAS_START"):
+    for name in ("start", "start_sum", "start_log", "X", "HAS_START", "empty"):
         del args[name]
     B, G, N, device = sizes.B, sizes.G, sizes.N, x.k.device
     args |= {

@@ -18,12 +18,12 @@ def chunk_output_fwd_kernel(
     q, k, v, o, cum_hi, cum_lo, query_doc, key_doc, carried_doc, start, start_sum, start_log,
     states, sums, factors, carry, carry_sums,
     q_sb, q_st, q_sh, q_sd, k_sb, k_st, k_sg, k_sd, v_sb, v_st, v_sg, v_sd, qdoc_sb, qdoc_st, doc_sb, doc_st,
-    T, lag, N, G, X, SEGMENT,
+    T, lag, N, G, X, SEGMENT, empty,
     R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, C: tl.constexpr,
     HEADS: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_CARRY: tl.constexpr,
     HAS_START: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n, bg = tl.program_id(0) + empty, tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
     PAIRED: tl.constexpr = F == 2 * D
     HAS_FACTOR: tl.constexpr = HAS_DECAY or HAS_DOCS
@@ -32,8 +32,8 @@ def chunk_output_fwd_kernel(
     o_c, o_d, o_v = tl.arange(0, C), tl.arange(0, D), tl.arange(0, DV)
 
     # The state before the chunk.
-    segment = n // SEGMENT
-    segments = (N + SEGMENT - 1) // SEGMENT
+    segment = (n - empty) // SEGMENT
+    segments = (N - empty + SEGMENT - 1) // SEGMENT
     o_tile = o_d[:, None] * DV + o_v[None, :]
     p_state = states + (bg * N + n) * F * DV + o_tile
     p_carry = carry + (bg * (segments + 1) + segment) * F * DV + o_tile if HAS_CARRY else p_state
@@ -133,7 +133,7 @@ def launch_chunk_output_fwd(
         **strides(x.k, "k_sb k_st k_sg k_sd"),
         **strides(x.v, "v_sb v_st v_sg v_sd"),
     }
-    return Launch(chunk_output_fwd_kernel, (sizes.N, sizes.B * sizes.G), args, config.options)
+    return Launch(chunk_output_fwd_kernel, (sizes.N - sizes.empty, sizes.B * sizes.G), args, config.options)
 
 
 def query_args(sizes: Sizes, x: Tensors, states: States, config: Config, compute: torch.dtype) -> dict:
@@ -163,6 +163,7 @@ def query_args(sizes: Sizes, x: Tensors, states: States, config: Config, compute
         "G": sizes.G,
         "X": x.start.shape[1] if x.start is not None else 1,
         "SEGMENT": sizes.segment,
+        "empty": sizes.empty,
         "R": sizes.R,
         "D": sizes.D,
         "DV": sizes.DV,

@@ -37,7 +37,7 @@ def chunk_state_fwd_kernel(
     k, v, cum_hi, cum_lo, key_doc, carried_doc,
     states, value_sums, factors, totals, total_factors,
     k_sb, k_st, k_sg, k_sd, v_sb, v_st, v_sg, v_sd, doc_sb, doc_st,
-    T, lag, N, G,
+    T, lag, N, G, empty,
     D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, C: tl.constexpr, SEGMENT,
     BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_DOCS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -60,7 +60,7 @@ def chunk_state_fwd_kernel(
     state = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
     value_sum = tl.zeros((BLOCK_V,), tl.float32)
     share = 1.0
-    first = segment * SEGMENT
+    first = empty + segment * SEGMENT
     for n in range(first, tl.minimum(first + SEGMENT, N)):
         p_state = states + ((bg * N + n) * F + o_f[:, None]) * DV + o_v[None, :]
         tl.store(p_state, state.to(compute))
@@ -115,7 +115,7 @@ def chunk_state_bwd_kernel(
     states, value_sums, factors, totals, total_factors,
     fwd_chunks, fwd_sums, fwd_factors, fwd_carry, fwd_carry_sums, d_across,
     q_sb, q_st, q_sh, q_sd, do_sb, do_st, do_sh, do_sd, qdoc_sb, qdoc_st, doc_sb, doc_st,
-    T, lag, N, G, FWD_SEGMENT,
+    T, lag, N, G, empty, FWD_SEGMENT,
     R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, C: tl.constexpr, SEGMENT,
     BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_DOCS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -140,7 +140,7 @@ def chunk_state_bwd_kernel(
     state = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
     value_sum = tl.zeros((BLOCK_V,), tl.float32)
     share = 1.0
-    first = segment * SEGMENT
+    first = empty + segment * SEGMENT
     last = tl.minimum(first + SEGMENT, N) - 1
     # The chunks backwards and, in each, the group's heads: one loop, so that loads run ahead across chunks.
     for step in range(0, (last - first + 1) * R):
@@ -288,6 +288,7 @@ def _common(sizes: Sizes, x: Tensors, config: Config, compute: torch.dtype) -> d
         "lag": sizes.lag,
         "N": sizes.N,
         "G": sizes.G,
+        "empty": sizes.empty,
         "D": sizes.D,
         "DV": sizes.DV,
         "F": sizes.F,

@@ -231,7 +231,7 @@ def hopper_dkv_kernel(
     states, sums, factors, carry, carry_sums, logs,
     q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh,
     dko_sb, dko_st, dko_sg, dvo_sb, dvo_st, dvo_sg, qdoc_sb, qdoc_st, doc_sb, doc_st,
-    T, M, lag, N, G, SEGMENT,
+    T, M, lag, N, G, SEGMENT, empty,
     R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr,
     HAS_DOCS: gl.constexpr, HAS_CARRY: gl.constexpr,
 ):  # fmt: skip
@@ -247,8 +247,9 @@ def hopper_dkv_kernel(
     APART: gl.constexpr = STREAMED and ALONE == 0
     bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0)
     b, g = bg // G, bg % G
-    if n >= N:
-        # Keys that are younger than any query's residual keys.
+    if (n >= N) | (n < empty):
+        # Keys that are younger than any query's residual keys, or rows in front of all keys. (A grid without the latter
+        # takes registers for where it begins.)
         zero = gl.zeros([C, D], gl.float32, WIDE)
         unread_dk = _with_other(zero, dk_other, b, g, dko_sb, dko_sg, dko_st, n * C - lag, M, C, D, WIDE)
         unread_dv = _with_other(zero, dv_other, b, g, dvo_sb, dvo_sg, dvo_st, n * C - lag, M, C, D, WIDE)
@@ -257,8 +258,8 @@ def hopper_dkv_kernel(
     else:
         # The state behind the chunk, what the queries there give to its keys: of the segment, and from behind it. If
         # there are heads for it, half a state is added beside each of the last ones; else all of them before the first.
-        segment = n // SEGMENT
-        border = bg * ((N + SEGMENT - 1) // SEGMENT + 1) + segment + 1
+        segment = (n - empty) // SEGMENT
+        border = bg * ((N - empty + SEGMENT - 1) // SEGMENT + 1) + segment + 1
         s_q = _two_tiles(C, D, APART)
         if not STREAMED:
             s_e1 = gl.allocate_shared_memory(gl.bfloat16, [D, D], shared_layout(D))

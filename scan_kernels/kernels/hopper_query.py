@@ -93,7 +93,7 @@ def _of_state(out, first, ACC: gl.constexpr):
 def hopper_output_kernel(
     q, k, v, o, query_doc, key_doc, carried_doc, states, sums,
     q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, qdoc_sb, qdoc_st, doc_sb, doc_st,
-    T, lag, N, G,
+    T, lag, N, G, empty,
     R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr, HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
     TILE: gl.constexpr = tile_layout(C, D, WARPS)
@@ -103,7 +103,7 @@ def hopper_output_kernel(
     LEFT_SCORES: gl.constexpr = operand_layout(C, WARPS)
     PAIRED: gl.constexpr = F == 2 * D
     MEAN: gl.constexpr = F / D / D
-    bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0)
+    bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0) + empty
     b, g = bg // G, bg % G
 
     # The chunk's state, keys and values in shared memory.
@@ -182,7 +182,7 @@ def hopper_dq_kernel(
     q, k, v, do, dq, dq_other, query_doc, key_doc, carried_doc, states, logs,
     q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh, dqo_sb, dqo_st, dqo_sh,
     qdoc_sb, qdoc_st, doc_sb, doc_st,
-    T, lag, N, G,
+    T, lag, N, G, empty,
     R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr, HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
     TILE: gl.constexpr = tile_layout(C, D, WARPS)
@@ -191,7 +191,7 @@ def hopper_dq_kernel(
     LEFT: gl.constexpr = operand_layout(D, WARPS)
     LEFT_SCORES: gl.constexpr = operand_layout(D, WARPS)
     PAIRED: gl.constexpr = F == 2 * D
-    bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0)
+    bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0) + empty
     b, g = bg // G, bg % G
 
     # The chunk's state, keys and values in shared memory.
@@ -281,7 +281,7 @@ def hopper_dq_kernel(
 
 def launch_hopper_output(sizes: Sizes, x: Tensors, states: States, o: Tensor, config: Config) -> Launch:
     args = {"o": o, "states": states.chunks, "sums": states.sums, **chunk_args(sizes, x)}
-    return Launch(hopper_output_kernel, (sizes.N, sizes.B * sizes.G), args, config.options)
+    return Launch(hopper_output_kernel, (sizes.N - sizes.empty, sizes.B * sizes.G), args, config.options)
 
 
 def launch_hopper_dq(
@@ -305,7 +305,7 @@ def launch_hopper_dq(
         **rows_of(other, "dqo_sb dqo_st dqo_sh"),
         **chunk_args(sizes, x),
     }
-    return Launch(hopper_dq_kernel, (sizes.N, sizes.B * sizes.G), args, config.options)
+    return Launch(hopper_dq_kernel, (sizes.N - sizes.empty, sizes.B * sizes.G), args, config.options)
 
 
 def rows_of(x: Tensor | None, names: str) -> dict[str, int]:
@@ -331,6 +331,7 @@ def chunk_args(sizes: Sizes, x: Tensors) -> dict:
         "lag": sizes.lag,
         "N": sizes.N,
         "G": sizes.G,
+        "empty": sizes.empty,
         "R": sizes.R,
         "D": sizes.D,
         "F": sizes.F,

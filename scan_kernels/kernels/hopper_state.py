@@ -74,7 +74,7 @@ def _column_sums(tile, C: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constex
 def hopper_state_kernel(
     x, y, query_doc, key_doc, carried_doc, states, value_sums, factors, totals, total_factors, carry, carry_sums, logs,
     x_sb, x_st, x_sh, y_sb, y_st, y_sh, qdoc_sb, qdoc_st, doc_sb, doc_st,
-    T, lag, N, G, SEGMENT,
+    T, lag, N, G, SEGMENT, empty,
     R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr, BACKWARD: gl.constexpr,
     HAS_DOCS: gl.constexpr, HAS_CARRY: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def hopper_state_kernel(
     sums = gl.zeros_like(_column_sums(s_columns.index(0), C, COLUMNS, WARPS))
     first_sum = gl.sum(sums, 0)
     o_sum = share_of_columns * COLUMNS + gl.arange(0, COLUMNS, first_sum.type.layout)
-    first = segment * SEGMENT
+    first = empty + segment * SEGMENT
     last = gl.minimum(first + SEGMENT, N) - 1
     if HAS_CARRY:
         border = bg * (segments + 1) + segment
@@ -268,6 +268,7 @@ def _arguments(sizes: Sizes, x: Tensors) -> dict:
         "N": sizes.N,
         "G": sizes.G,
         "SEGMENT": sizes.segment,
+        "empty": sizes.empty,
         "D": sizes.D,
         "F": sizes.F,
         "MAP": sizes.feature_map,

@@ -24,6 +24,7 @@ class Sizes:
     halves: int
     chunk: int
     segment: int  # chunks
+    empty: int = 0  # chunks in front whose queries have no key to read: they are in no segment
     reordered: bool = False  # states in the order of hopper_common.column_of
 
     @property
@@ -32,7 +33,12 @@ class Sizes:
 
     @property
     def segments(self) -> int:
-        return -(-self.N // self.segment)
+        return -(-(self.N - self.empty) // self.segment)
+
+    def even(self, most: int) -> int:
+        """The chunks of a segment, at most `most`: no more segments than that takes, and none much shorter."""
+        chunks = self.N - self.empty
+        return -(-chunks // -(-chunks // most))
 
     @property
     def F(self) -> int:

@@ -64,6 +64,15 @@ def test_lengths_and_windows(T, window):
     check(inputs_of(T), window=window)
 
 
+@pytest.mark.parametrize("window", [14, 15, 16, 47, 48, 69, 200])
+@pytest.mark.parametrize(("save_every", "documents"), [(0, False), (1, True), (2, False), (4, True)])
+def test_chunks_without_keys(window, save_every, documents):
+    """Whole chunks in front are too young for a residual key; a window of all tokens leaves one chunk to look at."""
+    T = 70
+    ids = document_ids(DOCUMENTS[T]) if documents else None
+    check(inputs_of(T), window=window, document_ids=ids, save_every=save_every)
+
+
 @pytest.mark.parametrize(
     ("T", "decay", "start", "documents"),
     [
@@ -259,6 +268,7 @@ def test_opcheck_with_another_reader():
     ("T", "window", "extras"),
     [
         *itertools.product((1, 17, 70), (None, 0, 5), [""]),
+        (70, 40, ""),
         *itertools.product((17, 70), (5, 100), ["documents"]),
         (33, 2, "decay"),
         (40, 3, "all"),

@@ -25,7 +25,7 @@ SHAPE = ScanShape(
     G=2,
     D=128,
     dtype=torch.bfloat16,
-    window=300,
+    window=10,
     feature_map="softmax",
     save_every=16,
     start=False,
@@ -54,6 +54,25 @@ def test_launches_on_hopper():
     assert longer[:2] == ["hopper_state (totals)", "state_scan"]
     assert "state_scan (reversed)" in longer
     assert [each.backward for each in scan_launches(SHAPE)] == [False] * 3 + [True] * 4
+
+
+@pytest.mark.parametrize("joined", ["", "qkv"])
+def test_chunks_that_are_too_young_for_keys_are_no_work(joined):
+    """Four of sixteen under a window of 300. A kernel writes their rows of o and dq, and no other one."""
+    kinds = {each.name: work(each.launch) for each in scan_launches(changed(T=1024, joined=joined))}
+    fewer = list(scan_launches(changed(T=1024, window=300, joined=joined)))
+    assert [each.backward for each in fewer if each.name == "empty_rows"] == [False, True]
+    rows = 2 * SHAPE.B * 256 * SHAPE.H * SHAPE.D
+    for each in fewer:
+        flops, nbytes = work(each.launch)
+        if each.name == "empty_rows":
+            assert (flops, nbytes) == (0, rows * (2 if joined and each.backward else 1))
+        else:
+            assert flops == kinds[each.name][0] * 3 // 4
+            assert nbytes < kinds[each.name][1]
+    output = next(each for each in fewer if each.name == "hopper_output")
+    keys = 2 * SHAPE.B * 1024 * SHAPE.G * SHAPE.D * 2 + 4 * SHAPE.B * 1025
+    assert work(output.launch)[1] - keys == (kinds["hopper_output"][1] - keys) * 3 // 4
 
 
 def test_launches_elsewhere_and_with_a_start_state():
