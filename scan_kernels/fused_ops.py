@@ -54,7 +54,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 def value_columns(dtype: torch.dtype, D: int) -> int:
     """Value columns that the kernels take at a time: D rows of them lie in shared memory beside the keys."""
-    return max(16, min(128, (2048 if dtype == torch.float32 else 16384) // D))
+    return min(128, (4096 if dtype == torch.float32 else 16384) // D)
 
 
 def fused_scan(problem: ScanProblem, *, with_final: bool, save_every: int | None = None) -> ScanResult:

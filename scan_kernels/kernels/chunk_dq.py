@@ -10,7 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from scan_kernels.kernels.chunk_output import query_args
-from scan_kernels.kernels.common import SOFTMAX, feature_map, feature_map_bwd, is_bad, key_document, load_state, row_dot
+from scan_kernels.kernels.common import (
+    SOFTMAX,
+    feature_map,
+    feature_map_bwd,
+    is_bad,
+    key_document,
+    load_state,
+    long_product,
+    row_dot,
+)
 from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, strides
 
 
@@ -117,7 +126,7 @@ def chunk_dq_kernel(
             if start_log is not None:
                 begun = tl.exp(tl.load(start_log + bg * T + o_i, mask=m_i, other=0.0))
 
-        dphi = tl.dot(b_do, tl.trans(b_s1), input_precision=PRECISION)
+        dphi = long_product(b_do, tl.trans(b_s1), tl.zeros((HEADS * C, D), tl.float32), PRECISION)
         if HAS_DECAY:
             dphi *= upto[:, None]
         if HAS_DOCS:
@@ -132,7 +141,7 @@ def chunk_dq_kernel(
             dphi += d_begun
         d_query = feature_map_bwd(query, dphi, 1.0, MAP, D).to(compute)
         if PAIRED:
-            dphi2 = tl.dot(b_do, tl.trans(b_s2), input_precision=PRECISION)
+            dphi2 = long_product(b_do, tl.trans(b_s2), tl.zeros((HEADS * C, D), tl.float32), PRECISION)
             if HAS_DECAY:
                 dphi2 *= upto[:, None]
             if HAS_DOCS:
@@ -150,8 +159,12 @@ def chunk_dq_kernel(
         if any_bad != 0:
             d_query = tl.where(reads_bad[:, None], float("nan"), d_query)
         if dq_other is not None:
-            o_other = (o_r // C * dqo_sh + o_r % C * dqo_st)[:, None] + o_d[None, :] * dqo_sd
-            other = tl.load(dq_other + r * dqo_sh + o_other, mask=m_i[:, None], other=0.0)
+            p_other, head = dq_other + r * dqo_sh, o_r // C
+            if D > 64:
+                # Computed from r, so that it is computed here and not kept through the loop.
+                p_other, head = dq_other, head + r
+            o_other = (head * dqo_sh + o_r % C * dqo_st)[:, None] + o_d[None, :] * dqo_sd
+            other = tl.load(p_other + o_other, mask=m_i[:, None], other=0.0)
             d_query = d_query.to(tl.float32) + other.to(tl.float32)
         tl.store(
             dq + (row + r) * D + (o_row * D)[:, None] + o_d[None, :], d_query.to(dq.dtype.element_ty), mask=m_i[:, None]

@@ -129,10 +129,12 @@ def _map_queries(s_q, s_phi, logs, SIGN: gl.constexpr, C: gl.constexpr, D: gl.co
 
 
 @gluon.jit
-def _add_state(s_k, s_v, s_1, s_2, d_value, dphi1, dphi2, T, HAS_SUMS: gl.constexpr, PAIRED: gl.constexpr):
+def _add_state(
+    s_k, s_v, s_1, s_2, d_value, dphi1, dphi2, T, D: gl.constexpr, HAS_SUMS: gl.constexpr, PAIRED: gl.constexpr
+):
     """What the queries that a state was gathered from give to the chunk's keys; without sums, the first there is."""
     # The compiler would keep the tiles' addresses for the heads, beside all that these need.
-    first = zero_of(T)
+    first = zero_of(T) if D > 64 else 0
     s_v = s_v.index(first)
     d_value = warpgroup_mma(s_k.index(first), s_1, d_value, use_acc=HAS_SUMS, is_async=True)
     dphi1 = warpgroup_mma(s_v, s_1.permute([1, 0]), dphi1, use_acc=HAS_SUMS, is_async=True)
@@ -144,10 +146,10 @@ def _add_state(s_k, s_v, s_1, s_2, d_value, dphi1, dphi2, T, HAS_SUMS: gl.conste
 
 @gluon.jit
 def _add_head(
-    s_k, s_v, now, then, s_p, s_ds, s_part, part, d_value, dphi1, dphi2, d_out, s_readers,
+    s_k, s_v, now, then, s_p, s_ds, s_part, part, d_value, dphi1, dphi2, d_out, pairs,
     r, q, q_st, q_sh, do, do_st, do_sh, n, T, logs, first_log,
     HAS_NEXT: gl.constexpr, PART: gl.constexpr, R: gl.constexpr, C: gl.constexpr, D: gl.constexpr,
-    MAP: gl.constexpr, MEAN: gl.constexpr, PAIRED: gl.constexpr, HAS_DOCS: gl.constexpr,
+    MAP: gl.constexpr, MEAN: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """What the chunk's queries of head r give to its keys; the next head's features while these are multiplied.
 
@@ -159,7 +161,7 @@ def _add_head(
     s_q, s_do, s_phi1, s_phi2 = now
     s_q_then, s_do_then, s_phi1_then, s_phi2_then = then
     # The last head's addresses are made anew: kept since the first, through the loop, they would not fit.
-    first = 0 if HAS_NEXT else zero_of(q_st)
+    first = 0 if HAS_NEXT or D <= 64 else zero_of(q_st)
     s_v = s_v.index(first)
     logs1, logs2 = 0.0, 0.0
     if HAS_NEXT:
@@ -189,7 +191,6 @@ def _add_head(
     scores, d_scores = warpgroup_mma_wait(0, deps=[scores, d_scores])
     if MAP == _SOFTMAX:
         scores = scores + MEAN
-    pairs = _pairs(s_readers, C, HAS_DOCS)
     s_p.store(gl.where(pairs, scores, 0.0).to(gl.bfloat16))
     s_ds.store(gl.where(pairs, d_scores, 0.0).to(gl.bfloat16))
     if PART > 0:
@@ -327,8 +328,8 @@ def hopper_dkv_kernel(
                     s_c2.store(gl.zeros([D, D], gl.bfloat16, tile_layout(D, D, WARPS)))
             fence_async_shared()
             if HAS_CARRY:
-                d_value, dphi1, dphi2 = _add_state(s_k, s_v, s_c1, s_c2, d_value, dphi1, dphi2, T, False, PAIRED)
-            d_value, dphi1, dphi2 = _add_state(s_k, s_v, s_e1, s_e2, d_value, dphi1, dphi2, T, HAS_CARRY, PAIRED)
+                d_value, dphi1, dphi2 = _add_state(s_k, s_v, s_c1, s_c2, d_value, dphi1, dphi2, T, D, False, PAIRED)
+            d_value, dphi1, dphi2 = _add_state(s_k, s_v, s_e1, s_e2, d_value, dphi1, dphi2, T, D, HAS_CARRY, PAIRED)
             d_value, dphi1, dphi2 = warpgroup_mma_wait(0, deps=[d_value, dphi1, dphi2])
             if HAS_DOCS:
                 d_value = _of_state(d_value, s_readers)
@@ -337,6 +338,7 @@ def hopper_dkv_kernel(
             barrier()
 
         # The chunk's own queries, one head after the other.
+        pairs = _pairs(s_readers, C, HAS_DOCS)
         s_do, s_phi1 = _two_tiles(C, D, APART), _two_tiles(C, D, APART)
         s_phi2 = s_phi1
         if PAIRED:
@@ -357,9 +359,9 @@ def hopper_dkv_kernel(
             for r in range(0, ALONE):
                 now, then = _places(s_q, s_do, s_phi1, s_phi2, r)
                 d_value, dphi1, dphi2, d_out = _add_head(
-                    s_k, s_v, now, then, s_p, s_ds, s_part, states, d_value, dphi1, dphi2, d_out, s_readers,
+                    s_k, s_v, now, then, s_p, s_ds, s_part, states, d_value, dphi1, dphi2, d_out, pairs,
                     r, q, q_st, q_sh, do, do_st, do_sh, n, T, logs, bg * R,
-                    True, 0, R, C, D, MAP, MEAN, PAIRED, HAS_DOCS,
+                    True, 0, R, C, D, MAP, MEAN, PAIRED,
                 )  # fmt: skip
         if STREAMED:
             # Half a state beside each head, from behind the segment first. Behind the last head nothing is read, and
@@ -370,21 +372,21 @@ def hopper_dkv_kernel(
                     behind = carry + made_here(border.to(gl.int32)).to(gl.int64) * F * D
                     part = gl.where(pair == 0, behind, part)
                 d_value, dphi1, dphi2, d_out = _add_head(
-                    s_k, s_v, one, two, s_p, s_ds, s_part, part, d_value, dphi1, dphi2, d_out, s_readers,
+                    s_k, s_v, one, two, s_p, s_ds, s_part, part, d_value, dphi1, dphi2, d_out, pairs,
                     ALONE + 2 * pair, q, q_st, q_sh, do, do_st, do_sh, n, T, logs, bg * R,
-                    True, 1, R, C, D, MAP, MEAN, PAIRED, HAS_DOCS,
+                    True, 1, R, C, D, MAP, MEAN, PAIRED,
                 )  # fmt: skip
                 d_value, dphi1, dphi2, d_out = _add_head(
-                    s_k, s_v, two, one, s_p, s_ds, s_part, part + D * D, d_value, dphi1, dphi2, d_out, s_readers,
+                    s_k, s_v, two, one, s_p, s_ds, s_part, part + D * D, d_value, dphi1, dphi2, d_out, pairs,
                     ALONE + 2 * pair + 1, q, q_st, q_sh, do, do_st, do_sh, n, T, logs, bg * R,
-                    True, 2, R, C, D, MAP, MEAN, PAIRED, HAS_DOCS,
+                    True, 2, R, C, D, MAP, MEAN, PAIRED,
                 )  # fmt: skip
         else:
             now, then = _places(s_q, s_do, s_phi1, s_phi2, R - 1)
             d_value, dphi1, dphi2, d_out = _add_head(
-                s_k, s_v, now, then, s_p, s_ds, s_part, states, d_value, dphi1, dphi2, d_out, s_readers,
+                s_k, s_v, now, then, s_p, s_ds, s_part, states, d_value, dphi1, dphi2, d_out, pairs,
                 R - 1, q, q_st, q_sh, do, do_st, do_sh, n, T, logs, bg * R,
-                False, 0, R, C, D, MAP, MEAN, PAIRED, HAS_DOCS,
+                False, 0, R, C, D, MAP, MEAN, PAIRED,
             )  # fmt: skip
 
         async_copy.wait_group(0)

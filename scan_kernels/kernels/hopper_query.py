@@ -72,13 +72,15 @@ def _first_read(
 
 
 @gluon.jit
-def _pairs(first, C: gl.constexpr, SCORES: gl.constexpr, HAS_DOCS: gl.constexpr):
+def _pairs(first, C: gl.constexpr, D: gl.constexpr, SCORES: gl.constexpr, HAS_DOCS: gl.constexpr):
     """Which query (row) reads which key (column) of the chunk."""
     i_row = gl.arange(0, C, gl.SliceLayout(1, SCORES))
     j_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
     pairs = i_row[:, None] >= j_row[None, :]
     if HAS_DOCS:
-        pairs = pairs & (j_row[None, :] >= made_here(first)[:, None])
+        # At D = 128 a number a row is all that a loop over heads can keep of it.
+        first = made_here(first) if D > 64 else first
+        pairs = pairs & (j_row[None, :] >= first[:, None])
     return pairs
 
 
@@ -154,7 +156,7 @@ def hopper_output_kernel(
         if MAP == _SOFTMAX:
             scores = scores + MEAN
         b_scores = gl.convert_layout(
-            gl.where(_pairs(first_read, C, SCORES, HAS_DOCS), scores, 0.0).to(gl.bfloat16), LEFT_SCORES
+            gl.where(_pairs(first_read, C, D, SCORES, HAS_DOCS), scores, 0.0).to(gl.bfloat16), LEFT_SCORES
         )
         if HAS_DOCS:
             out = warpgroup_mma_wait(0, deps=[out])
@@ -171,7 +173,7 @@ def hopper_output_kernel(
                 out += row_mean[None, :]
         if any_bad != 0:
             bad_j = gl.convert_layout(bad, gl.SliceLayout(0, SCORES))
-            reads_bad = gl.max((_pairs(first_read, C, SCORES, HAS_DOCS) & (bad_j != 0)[None, :]).to(gl.int32), 1)
+            reads_bad = gl.max((_pairs(first_read, C, D, SCORES, HAS_DOCS) & (bad_j != 0)[None, :]).to(gl.int32), 1)
             reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
             out = gl.where((reads_bad != 0)[:, None], float("nan"), out)
         store_tile(o + r * D, G * R * D, n * C, out, 0, T, C, D, TILE)
@@ -191,6 +193,8 @@ def hopper_dq_kernel(
     LEFT: gl.constexpr = operand_layout(D, WARPS)
     LEFT_SCORES: gl.constexpr = operand_layout(D, WARPS)
     PAIRED: gl.constexpr = F == 2 * D
+    # The next head is loaded behind the store of this one where its registers would not fit beside that.
+    LATE: gl.constexpr = D > 64 and (HAS_DOCS or dq_other is not None)
     bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0) + empty
     b, g = bg // G, bg % G
 
@@ -236,7 +240,7 @@ def hopper_dq_kernel(
         )
         d_scores = warpgroup_mma_wait(1, deps=[d_scores])
         b_ds = gl.convert_layout(
-            gl.where(_pairs(first_read, C, SCORES, HAS_DOCS), d_scores, 0.0).to(gl.bfloat16), LEFT_SCORES
+            gl.where(_pairs(first_read, C, D, SCORES, HAS_DOCS), d_scores, 0.0).to(gl.bfloat16), LEFT_SCORES
         )
         if HAS_DOCS:
             dphi = warpgroup_mma_wait(0, deps=[dphi])
@@ -260,13 +264,13 @@ def hopper_dq_kernel(
                 query, to_memory(dphi2, C, D, TILE), logs2, -1.0, MAP, TILE
             )
         upper = gl.where(r + 1 < R, T, 0)
-        if dq_other is None and not HAS_DOCS:
+        if not LATE:
             d_out = load_pairs(do + b * do_sb + (g * R + r + 1) * do_sh, do_st, first, 0, upper, C, D, TILE, True)
             query = load_pairs(q + b * q_sb + (g * R + r + 1) * q_sh, q_st, first, 0, upper, C, D, TILE, True)
         if any_bad != 0:
             key = load_pairs(k + b * k_sb + g * k_sg, k_st, first - lag, 0, T - lag, C, D, TILE, True)
             bad_j = gl.convert_layout(is_bad(key), gl.SliceLayout(0, SCORES))
-            reads_bad = gl.max((_pairs(first_read, C, SCORES, HAS_DOCS) & (bad_j != 0)[None, :]).to(gl.int32), 1)
+            reads_bad = gl.max((_pairs(first_read, C, D, SCORES, HAS_DOCS) & (bad_j != 0)[None, :]).to(gl.int32), 1)
             reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
             d_query = gl.where((reads_bad != 0)[:, None], float("nan"), d_query)
         if dq_other is not None:
@@ -274,7 +278,7 @@ def hopper_dq_kernel(
             other = load_pairs(dq_other + b * dqo_sb + (g * R + r) * dqo_sh, dqo_st, first, 0, T, C, D, TILE, True)
             d_query = d_query + bf16_of(other, TILE).to(gl.float32)
         store_tile(dq + (b * T * G * R + g * R + r) * D, G * R * D, first, d_query, 0, T, C, D, TILE, True)
-        if dq_other is not None or HAS_DOCS:
+        if LATE:
             d_out = load_pairs(do + b * do_sb + (g * R + r + 1) * do_sh, do_st, first, 0, upper, C, D, TILE, True)
             query = load_pairs(q + b * q_sb + (g * R + r + 1) * q_sh, q_st, first, 0, upper, C, D, TILE, True)
 
