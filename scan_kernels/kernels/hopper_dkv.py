@@ -28,6 +28,7 @@ from scan_kernels.kernels.hopper_common import (
     rename,
     shared_layout,
     store_tile,
+    stride_here,
     tile_layout,
     to_memory,
     words_of,
@@ -167,7 +168,8 @@ def _add_head(
     if HAS_NEXT:
         t_row = n * C + gl.arange(0, C, gl.SliceLayout(1, TILE))
         heads = gl.num_programs(1).to(gl.int64) * R
-        logs1, logs2 = load_logs(logs, first_log + gl.minimum(r + 1, R - 1), t_row, T, heads, MAP, PAIRED)
+        head = first_log + gl.minimum(r + 1, R - 1)
+        logs1, logs2 = load_logs(logs, head, made_here(t_row), T, heads, MAP, PAIRED)
     # All of this head is in shared memory, and no product under way.
     async_copy.wait_group(0)
     if PART > 0:
@@ -179,7 +181,7 @@ def _add_head(
         upper = gl.where(r + 2 < R, T, 0)
         copy_rows(s_q, q + (r + 2) * q_sh, q_st, n * C, 0, upper, C, D, WARPS)
         async_copy.commit_group()
-        d_out = load_pairs(do + (r + 2) * do_sh, do_st, n * C, 0, upper, C, D, TILE)
+        d_out = load_pairs(do + (r + 2) * do_sh, stride_here(do_st), n * C, 0, upper, C, D, TILE, True)
     fence_async_shared()
     zeros = gl.zeros([C, C], gl.float32, SCORES)
     scores = warpgroup_mma(s_k.index(first), s_phi1.permute([1, 0]), zeros, use_acc=False, is_async=True)
@@ -394,7 +396,8 @@ def hopper_dkv_kernel(
         # Rows behind the last query hold keys that none of them reads.
         this, first = made_here(gl.program_id(1)), made_here(gl.program_id(0)) * C
         b, g = (this // G).to(gl.int64), (this % G).to(gl.int64)
-        key = load_pairs(k + b * k_sb + g * k_sg, k_st, first - lag, 0, T - lag, C, D, WIDE)
+        p_key = k + b * stride_here(k_sb) + g * stride_here(k_sg)
+        key = load_pairs(p_key, stride_here(k_st), first - lag, 0, T - lag, C, D, WIDE)
         w_t = first + gl.arange(0, C, gl.SliceLayout(1, WIDE))
         reads = (w_t < T) & (w_t >= lag)
         d_value = to_memory(d_value, C, D, WIDE)

@@ -29,6 +29,7 @@ from scan_kernels.kernels.hopper_common import (
     rename,
     shared_layout,
     store_tile,
+    stride_here,
     tile_layout,
     to_memory,
 )
@@ -266,7 +267,9 @@ def hopper_dq_kernel(
         upper = gl.where(r + 1 < R, T, 0)
         if not LATE:
             d_out = load_pairs(do + b * do_sb + (g * R + r + 1) * do_sh, do_st, first, 0, upper, C, D, TILE, True)
-            query = load_pairs(q + b * q_sb + (g * R + r + 1) * q_sh, q_st, first, 0, upper, C, D, TILE, True)
+            query = load_pairs(
+                q + b * q_sb + (g * R + r + 1) * q_sh, stride_here(q_st), first, 0, upper, C, D, TILE, True
+            )
         if any_bad != 0:
             key = load_pairs(k + b * k_sb + g * k_sg, k_st, first - lag, 0, T - lag, C, D, TILE, True)
             bad_j = gl.convert_layout(is_bad(key), gl.SliceLayout(0, SCORES))
@@ -280,7 +283,9 @@ def hopper_dq_kernel(
         store_tile(dq + (b * T * G * R + g * R + r) * D, G * R * D, first, d_query, 0, T, C, D, TILE, True)
         if LATE:
             d_out = load_pairs(do + b * do_sb + (g * R + r + 1) * do_sh, do_st, first, 0, upper, C, D, TILE, True)
-            query = load_pairs(q + b * q_sb + (g * R + r + 1) * q_sh, q_st, first, 0, upper, C, D, TILE, True)
+            query = load_pairs(
+                q + b * q_sb + (g * R + r + 1) * q_sh, stride_here(q_st), first, 0, upper, C, D, TILE, True
+            )
 
 
 def launch_hopper_output(sizes: Sizes, x: Tensors, states: States, o: Tensor, config: Config) -> Launch:
