@@ -36,11 +36,11 @@ HALF = Plan(
     dq=_WIDE,
     dkv=_WIDE,
 )
-# A decay, a start state, queries and keys of 256, or the tensor cores of sm_80 take more registers per row.
+# A decay, a start state, or the tensor cores of sm_80 take more registers per row.
 HALF_LEAN = replace(HALF, chunk=32, segment=32, output=_WIDE)
-# Two of these take more still. The states of a sequence then take twice the memory of HALF_LEAN's.
-HALF_LEANEST = replace(HALF_LEAN, chunk=16, segment=64)
 _STATE = Config(num_warps=4, num_stages=1, block_f=64, block_v=64)
+# Queries and keys of 256.
+HALF_256 = replace(HALF_LEAN, state_fwd=_STATE, state_bwd=_STATE)
 # Products of fp32 run without tensor cores.
 SINGLE = Plan(chunk=16, segment=32, state_fwd=_STATE, state_bwd=_STATE, output=_WIDE, dq=_WIDE, dkv=_WIDE)
 
@@ -67,10 +67,8 @@ def plan_for(
     """
     if dtype == torch.float32:
         return SINGLE
+    if D > 128:
+        return HALF_256
     if dtype == torch.bfloat16 and capability == 90 and D == DV and D in (64, 128) and not (with_start or with_decay):
         return HOPPER
-    wide = D > 128
-    plan = HALF_LEAN if wide or capability < 90 or with_start or with_decay else HALF
-    if wide + with_start + with_decay > 1:
-        plan = HALF_LEANEST
-    return replace(plan, state_fwd=_STATE, state_bwd=_STATE) if wide else plan
+    return HALF_LEAN if capability < 90 or with_start or with_decay else HALF
