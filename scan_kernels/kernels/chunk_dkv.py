@@ -42,6 +42,7 @@ def chunk_dkv_kernel(
     PAIRED: tl.constexpr = F == 2 * D
     HAS_FACTOR: tl.constexpr = HAS_DECAY or HAS_DOCS
     MEAN: tl.constexpr = F / D / D
+    ANEW: tl.constexpr = D > 128 or (HAS_DECAY and D > 64)
     compute = states.dtype.element_ty
     o_c, o_d, o_v = tl.arange(0, C), tl.arange(0, D), tl.arange(0, DV)
     o_j = n * C + o_c
@@ -123,13 +124,13 @@ def chunk_dkv_kernel(
         query = tl.load(q + r * q_sh + o_q, mask=m_i[:, None], other=0.0)
         b_do = tl.load(do + r * do_sh + o_do, mask=m_i[:, None], other=0.0).to(compute)
         b_q = feature_map(query, 1.0, MAP, D).to(compute)
-        if D > 128 or HAS_DECAY:
+        if ANEW:
             # Other keys for every head, as far as the compiler knows: it would keep whole rows in registers.
             b_k1 = tl.where(r < R, b_k1, 0.0)
         scores = tl.dot(b_k1, tl.trans(b_q), input_precision=PRECISION)
         if PAIRED:
             b_q2 = feature_map(query, -1.0, MAP, D).to(compute)
-            if D > 128 or HAS_DECAY:
+            if ANEW:
                 b_k2 = tl.where(r < R, b_k2, 0.0)
             scores = tl.dot(b_k2, tl.trans(b_q2), scores, input_precision=PRECISION)
         if MAP == SOFTMAX:
@@ -159,7 +160,7 @@ def chunk_dkv_kernel(
             dphi = tl.where(runs_on[:, None], dphi, 0.0)
         for r in range(0, R, HEADS):
             b_do = tl.load(do + r * do_sh + o_do, mask=m_i[:, None], other=0.0).to(compute)
-            if D > 128 or HAS_DECAY:
+            if ANEW:
                 b_v = tl.where(r < R, b_v, 0.0)
             d_scores = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
             if HAS_DECAY:

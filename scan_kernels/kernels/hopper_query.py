@@ -227,7 +227,8 @@ def hopper_dq_kernel(
     async_copy.wait_group(0)
     fence_async_shared()
     # Addresses are made where they are used, from these: kept, they take a fifth of the registers that there are.
-    small_b, small_g = b.to(gl.int32), g.to(gl.int32)
+    this = made_here(gl.program_id(1))
+    small_b, small_g = this // G, this % G
     for r in range(0, R):
         b, g = made_here(small_b).to(gl.int64), made_here(small_g).to(gl.int64)
         first = made_here(n * C)
@@ -278,7 +279,9 @@ def hopper_dq_kernel(
             d_query = gl.where((reads_bad != 0)[:, None], float("nan"), d_query)
         if dq_other is not None:
             # Last of all, and the next loads behind it: ahead of the store they took registers from the loop.
-            other = load_pairs(dq_other + b * dqo_sb + (g * R + r) * dqo_sh, dqo_st, first, 0, T, C, D, TILE, True)
+            other = load_pairs(
+                dq_other + b * dqo_sb + (g * R + r) * dqo_sh, stride_here(dqo_st), first, 0, T, C, D, TILE, True
+            )
             d_query = d_query + bf16_of(other, TILE).to(gl.float32)
         store_tile(dq + (b * T * G * R + g * R + r) * D, G * R * D, first, d_query, 0, T, C, D, TILE, True)
         if LATE:
