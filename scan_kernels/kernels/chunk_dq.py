@@ -10,16 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scan_kernels.kernels.chunk_output import query_args
-from scan_kernels.kernels.common import (
-    SOFTMAX,
-    feature_map,
-    feature_map_bwd,
-    is_bad,
-    key_document,
-    load_state,
-    long_product,
-    row_dot,
-)
+from scan_kernels.kernels.common import SOFTMAX, feature_map, feature_map_bwd, is_bad, key_document, load_state, row_dot
 from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, strides
 
 
@@ -124,7 +115,7 @@ def chunk_dq_kernel(
             if start_log is not None:
                 begun = tl.exp(tl.load(start_log + bg * T + o_i, mask=m_i, other=0.0))
 
-        dphi = long_product(b_do, tl.trans(b_s1), tl.zeros((HEADS * C, D), tl.float32), PRECISION)
+        dphi = tl.dot(b_do, tl.trans(b_s1), input_precision=PRECISION)
         if HAS_DECAY:
             dphi *= upto[:, None]
         if HAS_DOCS:
@@ -139,7 +130,7 @@ def chunk_dq_kernel(
             dphi += d_begun
         d_query = feature_map_bwd(query, dphi, 1.0, MAP, D).to(compute)
         if PAIRED:
-            dphi2 = long_product(b_do, tl.trans(b_s2), tl.zeros((HEADS * C, D), tl.float32), PRECISION)
+            dphi2 = tl.dot(b_do, tl.trans(b_s2), input_precision=PRECISION)
             if HAS_DECAY:
                 dphi2 *= upto[:, None]
             if HAS_DOCS:

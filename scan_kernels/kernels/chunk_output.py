@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scan_kernels.kernels.common import SOFTMAX, feature_map, is_bad, key_document, load_state, long_product
+from scan_kernels.kernels.common import SOFTMAX, feature_map, is_bad, key_document, load_state
 from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, precision, strides
 
 
@@ -92,9 +92,9 @@ def chunk_output_fwd_kernel(
         if PAIRED:
             b_q2 = feature_map(query, -1.0, MAP, D).to(compute)
             scores = tl.dot(b_q2, tl.trans(b_k2), scores, input_precision=PRECISION)
-        out = long_product(b_q, b_s1, tl.zeros((HEADS * C, DV), tl.float32), PRECISION)
+        out = tl.dot(b_q, b_s1, input_precision=PRECISION)
         if PAIRED:
-            out = long_product(b_q2, b_s2, out, PRECISION)
+            out = tl.dot(b_q2, b_s2, out, input_precision=PRECISION)
         if MAP == SOFTMAX:
             scores += MEAN
             # Loaded for every tile: a row held through the loop would cost registers.
@@ -112,9 +112,9 @@ def chunk_output_fwd_kernel(
             # HEADS is 1: the start state may be another for every query head.
             x = b * X + (g * R + r) // (G * R // X)
             p_start = start + x * F * DV + o_tile
-            begun = long_product(b_q, tl.load(p_start), tl.zeros((HEADS * C, DV), tl.float32), PRECISION)
+            begun = tl.dot(b_q, tl.load(p_start), input_precision=PRECISION)
             if PAIRED:
-                begun = long_product(b_q2, tl.load(p_start + D * DV), begun, PRECISION)
+                begun = tl.dot(b_q2, tl.load(p_start + D * DV), begun, input_precision=PRECISION)
             begun += tl.load(start_sum + x * DV + o_v)[None, :]
             if start_log is not None:
                 begun *= tl.exp(tl.load(start_log + bg * T + o_i, mask=m_i, other=0.0))[:, None]

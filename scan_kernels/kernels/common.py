@@ -76,20 +76,3 @@ def load_state(p_state, p_carry, factor, HAS_CARRY: tl.constexpr, HAS_FACTOR: tl
             carry = scaled(factor, carry)
         state = (state.to(tl.float32) + carry).to(p_state.dtype.element_ty)
     return state
-
-
-@triton.jit
-def long_product(a, b, sums, PRECISION: tl.constexpr):
-    """sums + a b, for products whose sums are long.
-
-    Products of fp32 are made of whole rows of a and columns of b in registers: parts of the sum, each by other threads,
-    take a part of them.
-    """
-    if a.dtype == tl.float32:
-        PARTS: tl.constexpr = min(4, a.shape[1] // 16)
-        PART: tl.constexpr = a.shape[1] // PARTS
-        a = tl.permute(tl.reshape(a, (a.shape[0], PARTS, PART)), (1, 0, 2))
-        b = tl.reshape(b, (PARTS, PART, b.shape[1]))
-        return sums + tl.sum(tl.dot(a, b, input_precision=PRECISION), 0)
-    else:
-        return tl.dot(a, b, sums, input_precision=PRECISION)

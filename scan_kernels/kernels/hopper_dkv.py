@@ -40,48 +40,27 @@ from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors
 WARPS = gl.constexpr(8)
 
 
-_RUNS_ON = gl.constexpr(1 << 16)
-
-
 @gluon.jit
-def _share_readers(
-    s_readers, query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C: gl.constexpr
+def _masks(
+    query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st,
+    C: gl.constexpr, SCORES: gl.constexpr, ACC: gl.constexpr, HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
-    """The first query of the chunk that no longer reads each key, plus _RUNS_ON where queries behind the chunk read it.
-
-    Ids never fall, so that the queries of a key's document are the first ones from it on.
-    """
-    SCORES: gl.constexpr = _wide_product_layout(C)
+    """Which query (column) reads which key (row) of the chunk, and which keys are read behind it."""
     j_row = gl.arange(0, C, gl.SliceLayout(1, SCORES))
     i_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
-    carried = gl.load(carried_doc + b)
-    key_doc += b * doc_sb
-    behind = key_document(key_doc, doc_st, carried, n * C + C - 1, lag, T)
-    doc_i = gl.load(query_doc + b * qdoc_sb + gl.minimum(n * C + i_row, T - 1).to(gl.int64) * qdoc_st)
-    doc_j = key_document(key_doc, doc_st, carried, n * C + j_row, lag, T)
-    others = (j_row[:, None] <= i_row[None, :]) & (doc_i[None, :] != doc_j[:, None])
-    end = gl.min(gl.where(others, i_row[None, :], C), 1)
-    s_readers.store(gl.where(doc_j == behind, end + _RUNS_ON, end))
-
-
-@gluon.jit
-def _pairs(s_readers, C: gl.constexpr, HAS_DOCS: gl.constexpr):
-    """Which query (column) reads which key (row) of the chunk."""
-    SCORES: gl.constexpr = _wide_product_layout(C)
-    j_row = gl.arange(0, C, gl.SliceLayout(1, SCORES))
-    i_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
+    o_row = gl.arange(0, C, gl.SliceLayout(1, ACC))
     pairs = j_row[:, None] <= i_row[None, :]
+    runs_on = o_row >= 0
     if HAS_DOCS:
-        end = s_readers.load(gl.SliceLayout(1, SCORES)) & (_RUNS_ON - 1)
-        pairs = pairs & (i_row[None, :] < end[:, None])
-    return pairs
-
-
-@gluon.jit
-def _of_state(x, s_readers):
-    """x for keys that queries behind the chunk read, else 0: not even another document's NaN passes."""
-    runs_on = s_readers.load(gl.SliceLayout(1, x.type.layout)) >= _RUNS_ON
-    return gl.where(runs_on[:, None], x, 0.0)
+        carried = gl.load(carried_doc + b)
+        key_doc += b * doc_sb
+        query_doc += b * qdoc_sb
+        behind = key_document(key_doc, doc_st, carried, n * C + C - 1, lag, T)
+        doc_i = gl.load(query_doc + gl.minimum(n * C + i_row, T - 1).to(gl.int64) * qdoc_st)
+        doc_j = key_document(key_doc, doc_st, carried, n * C + j_row, lag, T)
+        pairs = pairs & (doc_i[None, :] == doc_j[:, None])
+        runs_on = key_document(key_doc, doc_st, carried, n * C + o_row, lag, T) == behind
+    return pairs, runs_on
 
 
 @gluon.constexpr_function
@@ -132,15 +111,15 @@ def _map_queries(s_q, s_phi, logs, SIGN: gl.constexpr, C: gl.constexpr, D: gl.co
 @gluon.jit
 def _add_state(
     s_k, s_v, s_1, s_2, d_value, dphi1, dphi2, T, D: gl.constexpr, HAS_SUMS: gl.constexpr, PAIRED: gl.constexpr
-):
+):  # fmt: skip
     """What the queries that a state was gathered from give to the chunk's keys; without sums, the first there is."""
     # The compiler would keep the tiles' addresses for the heads, beside all that these need.
-    first = zero_of(T) if D > 64 else 0
-    s_v = s_v.index(first)
-    d_value = warpgroup_mma(s_k.index(first), s_1, d_value, use_acc=HAS_SUMS, is_async=True)
+    place = zero_of(T) if D > 64 else 0
+    s_v = s_v.index(place)
+    d_value = warpgroup_mma(s_k.index(place), s_1, d_value, use_acc=HAS_SUMS, is_async=True)
     dphi1 = warpgroup_mma(s_v, s_1.permute([1, 0]), dphi1, use_acc=HAS_SUMS, is_async=True)
     if PAIRED:
-        d_value = warpgroup_mma(s_k.index(first + 1), s_2, d_value, is_async=True)
+        d_value = warpgroup_mma(s_k.index(place + 1), s_2, d_value, is_async=True)
         dphi2 = warpgroup_mma(s_v, s_2.permute([1, 0]), dphi2, use_acc=HAS_SUMS, is_async=True)
     return d_value, dphi1, dphi2
 
@@ -162,14 +141,14 @@ def _add_head(
     s_q, s_do, s_phi1, s_phi2 = now
     s_q_then, s_do_then, s_phi1_then, s_phi2_then = then
     # The last head's addresses are made anew: kept since the first, through the loop, they would not fit.
-    first = 0 if HAS_NEXT or D <= 64 else zero_of(q_st)
-    s_v = s_v.index(first)
+    place = 0 if HAS_NEXT or D <= 64 else zero_of(q_st)
+    s_v = s_v.index(place)
     logs1, logs2 = 0.0, 0.0
     if HAS_NEXT:
         t_row = n * C + gl.arange(0, C, gl.SliceLayout(1, TILE))
         heads = gl.num_programs(1).to(gl.int64) * R
         head = first_log + gl.minimum(r + 1, R - 1)
-        logs1, logs2 = load_logs(logs, head, made_here(t_row), T, heads, MAP, PAIRED)
+        logs1, logs2 = load_logs(logs, head, made_here(t_row) if D > 64 else t_row, T, heads, MAP, PAIRED)
     # All of this head is in shared memory, and no product under way.
     async_copy.wait_group(0)
     if PART > 0:
@@ -181,12 +160,13 @@ def _add_head(
         upper = gl.where(r + 2 < R, T, 0)
         copy_rows(s_q, q + (r + 2) * q_sh, q_st, n * C, 0, upper, C, D, WARPS)
         async_copy.commit_group()
-        d_out = load_pairs(do + (r + 2) * do_sh, stride_here(do_st), n * C, 0, upper, C, D, TILE, True)
+        row = stride_here(do_st) if D > 64 else do_st
+        d_out = load_pairs(do + (r + 2) * do_sh, row, n * C, 0, upper, C, D, TILE, D > 64)
     fence_async_shared()
     zeros = gl.zeros([C, C], gl.float32, SCORES)
-    scores = warpgroup_mma(s_k.index(first), s_phi1.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    scores = warpgroup_mma(s_k.index(place), s_phi1.permute([1, 0]), zeros, use_acc=False, is_async=True)
     if PAIRED:
-        scores = warpgroup_mma(s_k.index(first + 1), s_phi2.permute([1, 0]), scores, is_async=True)
+        scores = warpgroup_mma(s_k.index(place + 1), s_phi2.permute([1, 0]), scores, is_async=True)
     d_scores = warpgroup_mma(s_v, s_do.permute([1, 0]), zeros, use_acc=False, is_async=True)
     if HAS_NEXT:
         _map_queries(s_q_then, s_phi1_then, logs1, 1.0, C, D, MAP)
@@ -203,10 +183,10 @@ def _add_head(
     if PAIRED:
         dphi2 = warpgroup_mma(s_ds, s_phi2, dphi2, is_async=True)
     if PART == 1:
-        d_value = warpgroup_mma(s_k.index(first), s_part, d_value, is_async=True)
+        d_value = warpgroup_mma(s_k.index(place), s_part, d_value, is_async=True)
         dphi1 = warpgroup_mma(s_v, s_part.permute([1, 0]), dphi1, is_async=True)
     if PART == 2:
-        d_value = warpgroup_mma(s_k.index(first + 1), s_part, d_value, is_async=True)
+        d_value = warpgroup_mma(s_k.index(place + 1), s_part, d_value, is_async=True)
         dphi2 = warpgroup_mma(s_v, s_part.permute([1, 0]), dphi2, is_async=True)
     if PAIRED:
         if HAS_NEXT:
@@ -241,6 +221,7 @@ def hopper_dkv_kernel(
     TILE: gl.constexpr = tile_layout(C, D, WARPS)
     WIDE: gl.constexpr = _wide_tile_layout(D)
     ACC: gl.constexpr = _wide_product_layout(D)
+    SCORES: gl.constexpr = _wide_product_layout(C)
     PAIRED: gl.constexpr = F == 2 * D
     MEAN: gl.constexpr = F / D / D
     # Heads beside which the halves of the states, the own and from behind the segment, find place.
@@ -312,35 +293,31 @@ def hopper_dkv_kernel(
             s_logs2.store(key_logs)
         s_v = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], shared_layout(D))
         s_v.index(0).store(rename(bf16_of(value, TILE), C, D))
-        s_readers = s_logs1
-        if HAS_DOCS:
-            s_readers = gl.allocate_shared_memory(gl.int32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-            _share_readers(
-                s_readers, query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C
-            )
+        pairs, runs_on = _masks(
+            query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
+        )
         d_value = gl.zeros([C, D], gl.float32, ACC)
         dphi1, dphi2 = d_value, d_value
         if not STREAMED:
             async_copy.wait_group(1)
-            # Without a decay a factor is 0 or 1.
-            if HAS_CARRY and HAS_DOCS and factor == 0:
-                barrier()
-                s_c1.store(gl.zeros([D, D], gl.bfloat16, tile_layout(D, D, WARPS)))
-                if PAIRED:
-                    s_c2.store(gl.zeros([D, D], gl.bfloat16, tile_layout(D, D, WARPS)))
             fence_async_shared()
             if HAS_CARRY:
                 d_value, dphi1, dphi2 = _add_state(s_k, s_v, s_c1, s_c2, d_value, dphi1, dphi2, T, D, False, PAIRED)
+                if HAS_DOCS:
+                    d_value, dphi1, dphi2 = warpgroup_mma_wait(0, deps=[d_value, dphi1, dphi2])
+                    d_value = gl.where(factor == 0, 0.0, factor * d_value)
+                    dphi1 = gl.where(factor == 0, 0.0, factor * dphi1)
+                    dphi2 = gl.where(factor == 0, 0.0, factor * dphi2)
             d_value, dphi1, dphi2 = _add_state(s_k, s_v, s_e1, s_e2, d_value, dphi1, dphi2, T, D, HAS_CARRY, PAIRED)
             d_value, dphi1, dphi2 = warpgroup_mma_wait(0, deps=[d_value, dphi1, dphi2])
             if HAS_DOCS:
-                d_value = _of_state(d_value, s_readers)
-                dphi1, dphi2 = _of_state(dphi1, s_readers), _of_state(dphi2, s_readers)
+                d_value = gl.where(runs_on[:, None], d_value, 0.0)
+                dphi1 = gl.where(runs_on[:, None], dphi1, 0.0)
+                dphi2 = gl.where(runs_on[:, None], dphi2, 0.0)
             # A warpgroup has waited for its own products; the other's read the same states, whose place others take.
             barrier()
 
         # The chunk's own queries, one head after the other.
-        pairs = _pairs(s_readers, C, HAS_DOCS)
         s_do, s_phi1 = _two_tiles(C, D, APART), _two_tiles(C, D, APART)
         s_phi2 = s_phi1
         if PAIRED:
@@ -362,8 +339,7 @@ def hopper_dkv_kernel(
                 now, then = _places(s_q, s_do, s_phi1, s_phi2, r)
                 d_value, dphi1, dphi2, d_out = _add_head(
                     s_k, s_v, now, then, s_p, s_ds, s_part, states, d_value, dphi1, dphi2, d_out, pairs,
-                    r, q, q_st, q_sh, do, do_st, do_sh, n, T, logs, bg * R,
-                    True, 0, R, C, D, MAP, MEAN, PAIRED,
+                    r, q, q_st, q_sh, do, do_st, do_sh, n, T, logs, bg * R, True, 0, R, C, D, MAP, MEAN, PAIRED,
                 )  # fmt: skip
         if STREAMED:
             # Half a state beside each head, from behind the segment first. Behind the last head nothing is read, and
@@ -387,8 +363,7 @@ def hopper_dkv_kernel(
             now, then = _places(s_q, s_do, s_phi1, s_phi2, R - 1)
             d_value, dphi1, dphi2, d_out = _add_head(
                 s_k, s_v, now, then, s_p, s_ds, s_part, states, d_value, dphi1, dphi2, d_out, pairs,
-                R - 1, q, q_st, q_sh, do, do_st, do_sh, n, T, logs, bg * R,
-                False, 0, R, C, D, MAP, MEAN, PAIRED,
+                R - 1, q, q_st, q_sh, do, do_st, do_sh, n, T, logs, bg * R, False, 0, R, C, D, MAP, MEAN, PAIRED,
             )  # fmt: skip
 
         async_copy.wait_group(0)
@@ -404,8 +379,7 @@ def hopper_dkv_kernel(
         if MAP == _SOFTMAX:
             mean = s_mean.load(gl.SliceLayout(0, WIDE))[None, :]
             if HAS_DOCS:
-                runs_on = s_readers.load(gl.SliceLayout(1, WIDE)) >= _RUNS_ON
-                mean = gl.where(runs_on[:, None], mean, 0.0)
+                mean = gl.where(gl.convert_layout(runs_on, gl.SliceLayout(1, WIDE))[:, None], mean, 0.0)
             d_value += mean
         d_value = gl.where(reads[:, None], d_value, 0.0)
         d_value = _with_other(d_value, dv_other, b, g, dvo_sb, dvo_sg, dvo_st, first - lag, M, C, D, WIDE)

@@ -48,48 +48,51 @@ def _share_features(s_1, s_2, x, C: gl.constexpr, D: gl.constexpr, MAP: gl.const
 
 
 @gluon.jit
-def _first_read(
+def _masks(
     query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st,
-    C: gl.constexpr, SCORES: gl.constexpr, HAS_DOCS: gl.constexpr,
+    C: gl.constexpr, SCORES: gl.constexpr, ACC: gl.constexpr, HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
-    """The first key of the chunk that each query (row of SCORES) reads, -1 where it reads the state before it, too.
-
-    Ids never fall, so that a query's own document are the last keys up to it: one number a row in place of one bit for
-    every pair, which a loop over heads would hold in registers.
-    """
-    i_row = gl.arange(0, C, gl.SliceLayout(1, SCORES))
-    first = i_row * 0 - 1
-    if HAS_DOCS:
-        j_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
-        carried = gl.load(carried_doc + b)
-        key_doc += b * doc_sb
-        before = key_document(key_doc, doc_st, carried, n * C - 1, lag, T)
-        doc_i = gl.load(query_doc + b * qdoc_sb + gl.minimum(n * C + i_row, T - 1).to(gl.int64) * qdoc_st)
-        doc_j = key_document(key_doc, doc_st, carried, n * C + j_row, lag, T)
-        others = (i_row[:, None] >= j_row[None, :]) & (doc_i[:, None] != doc_j[None, :])
-        first = gl.max(gl.where(others, j_row[None, :] + 1, 0), 1)
-        first = gl.where((first == 0) & (doc_i == before), -1, first)
-    return first
-
-
-@gluon.jit
-def _pairs(first, C: gl.constexpr, D: gl.constexpr, SCORES: gl.constexpr, HAS_DOCS: gl.constexpr):
-    """Which query (row) reads which key (column) of the chunk."""
+    """Which query (row) reads which key (column) of the chunk, and which queries read the state before it."""
     i_row = gl.arange(0, C, gl.SliceLayout(1, SCORES))
     j_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
+    o_row = gl.arange(0, C, gl.SliceLayout(1, ACC))
     pairs = i_row[:, None] >= j_row[None, :]
+    reads = o_row >= 0
     if HAS_DOCS:
-        # At D = 128 a number a row is all that a loop over heads can keep of it.
-        first = made_here(first) if D > 64 else first
-        pairs = pairs & (j_row[None, :] >= first[:, None])
-    return pairs
+        carried = gl.load(carried_doc + b)
+        key_doc += b * doc_sb
+        query_doc += b * qdoc_sb
+        before = key_document(key_doc, doc_st, carried, n * C - 1, lag, T)
+        doc_i = gl.load(query_doc + gl.minimum(n * C + i_row, T - 1).to(gl.int64) * qdoc_st)
+        doc_j = key_document(key_doc, doc_st, carried, n * C + j_row, lag, T)
+        pairs = pairs & (doc_i[:, None] == doc_j[None, :])
+        reads = gl.load(query_doc + gl.minimum(n * C + o_row, T - 1).to(gl.int64) * qdoc_st) == before
+    return pairs, reads
 
 
 @gluon.jit
-def _of_state(out, first, ACC: gl.constexpr):
-    """Products with the state before the chunk, 0 for queries of a later document: not even its NaN passes."""
-    reads = gl.convert_layout(first, gl.SliceLayout(1, ACC)) < 0
-    return gl.where(reads[:, None], out, 0.0)
+def _pack(pairs, reads, C: gl.constexpr, SCORES: gl.constexpr):
+    """Both masks as one number a row: the first key of the chunk that a query reads, -1 where it reads the state, too.
+
+    Ids never fall, so that a query's own document are the last keys up to it. As they are, a loop over heads would hold
+    a bit for every pair, or both rows of ids.
+    """
+    i_row = gl.arange(0, C, gl.SliceLayout(1, SCORES))
+    j_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
+    others = (i_row[:, None] >= j_row[None, :]) & (pairs == 0)
+    first = gl.max(gl.where(others, j_row[None, :] + 1, 0), 1)
+    reads = gl.convert_layout(reads, gl.SliceLayout(1, SCORES))
+    return gl.where((first == 0) & reads, -1, first)
+
+
+@gluon.jit
+def _unpack(first, C: gl.constexpr, SCORES: gl.constexpr, ACC: gl.constexpr):
+    """The masks that `_pack` packed."""
+    i_row = gl.arange(0, C, gl.SliceLayout(1, SCORES))
+    j_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
+    first = made_here(first)
+    pairs = (i_row[:, None] >= j_row[None, :]) & (j_row[None, :] >= first[:, None])
+    return pairs, gl.convert_layout(first, gl.SliceLayout(1, ACC)) < 0
 
 
 @gluon.jit
@@ -106,6 +109,7 @@ def hopper_output_kernel(
     LEFT_SCORES: gl.constexpr = operand_layout(C, WARPS)
     PAIRED: gl.constexpr = F == 2 * D
     MEAN: gl.constexpr = F / D / D
+    HERE: gl.constexpr = D > 64 and HAS_DOCS  # addresses are made where they are used: registers are short
     bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0) + empty
     b, g = bg // G, bg % G
 
@@ -135,8 +139,8 @@ def hopper_output_kernel(
     s_v.store(rename(bf16_of(gl.where(bad[:, None] != 0, 0, value), TILE), C, D))
     any_bad = gl.max(bad, 0)
     _share_features(s_k1, s_k2, gl.where(bad[:, None] != 0, 0, key), C, D, MAP, PAIRED)
-    first_read = _first_read(
-        query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, HAS_DOCS
+    pairs, reads = _masks(
+        query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
     )
     o += (b * T * G * R + g * R) * D
     async_copy.wait_group(0)
@@ -149,35 +153,34 @@ def hopper_output_kernel(
         if PAIRED:
             b_q2 = gl.convert_layout(rename(feature_map(query, -1.0, MAP, D, TILE).to(gl.bfloat16), C, D), LEFT)
         out = warpgroup_mma(b_q1, s_s1, gl.zeros([C, D], gl.float32, ACC), use_acc=False, is_async=True)
-        query = load_pairs(q + (r + 1) * q_sh, q_st, n * C, 0, gl.where(r + 1 < R, T, 0), C, D, TILE)
+        row, upper = stride_here(q_st) if HERE else q_st, gl.where(r + 1 < R, T, 0)
+        query = load_pairs(q + (r + 1) * q_sh, row, n * C, 0, upper, C, D, TILE)
         if PAIRED:
             scores = warpgroup_mma(b_q2, s_k2.permute([1, 0]), scores, is_async=True)
             out = warpgroup_mma(b_q2, s_s2, out, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores])
         if MAP == _SOFTMAX:
             scores = scores + MEAN
-        b_scores = gl.convert_layout(
-            gl.where(_pairs(first_read, C, D, SCORES, HAS_DOCS), scores, 0.0).to(gl.bfloat16), LEFT_SCORES
-        )
+        b_scores = gl.convert_layout(gl.where(pairs, scores, 0.0).to(gl.bfloat16), LEFT_SCORES)
         if HAS_DOCS:
             out = warpgroup_mma_wait(0, deps=[out])
-            out = _of_state(out, first_read, ACC)
+            out = gl.where(reads[:, None], out, 0.0)
         out = warpgroup_mma(b_scores, s_v, out, is_async=True)
         out = warpgroup_mma_wait(0, deps=[out])
         out = to_memory(out, C, D, TILE)
         if MAP == _SOFTMAX:
             row_mean = s_mean.load(gl.SliceLayout(0, TILE))
             if HAS_DOCS:
-                reads = gl.convert_layout(first_read, gl.SliceLayout(1, TILE)) < 0
-                out += gl.where(reads[:, None], row_mean[None, :], 0.0)
+                reads_row = gl.convert_layout(reads, gl.SliceLayout(1, TILE))
+                out += gl.where(reads_row[:, None], row_mean[None, :], 0.0)
             else:
                 out += row_mean[None, :]
         if any_bad != 0:
             bad_j = gl.convert_layout(bad, gl.SliceLayout(0, SCORES))
-            reads_bad = gl.max((_pairs(first_read, C, D, SCORES, HAS_DOCS) & (bad_j != 0)[None, :]).to(gl.int32), 1)
+            reads_bad = gl.max((pairs & (bad_j != 0)[None, :]).to(gl.int32), 1)
             reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
             out = gl.where((reads_bad != 0)[:, None], float("nan"), out)
-        store_tile(o + r * D, G * R * D, n * C, out, 0, T, C, D, TILE)
+        store_tile(o + r * D, G * R * D, made_here(n * C) if HERE else n * C, out, 0, T, C, D, TILE, HERE)
 
 
 @gluon.jit
@@ -194,7 +197,8 @@ def hopper_dq_kernel(
     LEFT: gl.constexpr = operand_layout(D, WARPS)
     LEFT_SCORES: gl.constexpr = operand_layout(D, WARPS)
     PAIRED: gl.constexpr = F == 2 * D
-    # The next head is loaded behind the store of this one where its registers would not fit beside that.
+    # Registers are short: masks are packed, and the next head is loaded behind the store of this one.
+    PACKED: gl.constexpr = D > 64 and HAS_DOCS
     LATE: gl.constexpr = D > 64 and (HAS_DOCS or dq_other is not None)
     bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0) + empty
     b, g = bg // G, bg % G
@@ -218,9 +222,10 @@ def hopper_dq_kernel(
     s_v.store(rename(bf16_of(value, TILE), C, D))
     any_bad = gl.max(bad, 0)
     _share_features(s_k1, s_k2, gl.where(bad[:, None] != 0, 0, key), C, D, MAP, PAIRED)
-    first_read = _first_read(
-        query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, HAS_DOCS
+    pairs, reads = _masks(
+        query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
     )
+    packed = _pack(pairs, reads, C, SCORES) if PACKED else reads
     o_c = gl.arange(0, C, gl.SliceLayout(1, TILE))
     query = load_pairs(q + b * q_sb + g * R * q_sh, q_st, n * C, 0, T, C, D, TILE)
     heads = gl.num_programs(1).to(gl.int64) * R
@@ -241,12 +246,11 @@ def hopper_dq_kernel(
             b_do, s_s1.permute([1, 0]), gl.zeros([C, D], gl.float32, ACC), use_acc=False, is_async=True
         )
         d_scores = warpgroup_mma_wait(1, deps=[d_scores])
-        b_ds = gl.convert_layout(
-            gl.where(_pairs(first_read, C, D, SCORES, HAS_DOCS), d_scores, 0.0).to(gl.bfloat16), LEFT_SCORES
-        )
+        pairs_now, reads_now = _unpack(packed, C, SCORES, ACC) if PACKED else (pairs, reads)
+        b_ds = gl.convert_layout(gl.where(pairs_now, d_scores, 0.0).to(gl.bfloat16), LEFT_SCORES)
         if HAS_DOCS:
             dphi = warpgroup_mma_wait(0, deps=[dphi])
-            dphi = _of_state(dphi, first_read, ACC)
+            dphi = gl.where(reads_now[:, None], dphi, 0.0)
         dphi = warpgroup_mma(b_ds, s_k1, dphi, is_async=True)
         dphi = warpgroup_mma_wait(0, deps=[dphi])
         # Three tiles in fp32 are as many registers as there are: the first half waits in bf16.
@@ -258,7 +262,7 @@ def hopper_dq_kernel(
             )
             if HAS_DOCS:
                 dphi2 = warpgroup_mma_wait(0, deps=[dphi2])
-                dphi2 = _of_state(dphi2, first_read, ACC)
+                dphi2 = gl.where(reads_now[:, None], dphi2, 0.0)
             dphi2 = warpgroup_mma(b_ds, s_k2, dphi2, is_async=True)
             dphi2 = warpgroup_mma_wait(0, deps=[dphi2])
             even, odd = halves_of(waiting)
@@ -272,9 +276,10 @@ def hopper_dq_kernel(
                 q + b * q_sb + (g * R + r + 1) * q_sh, stride_here(q_st), first, 0, upper, C, D, TILE, True
             )
         if any_bad != 0:
+            pairs_now, _ = _unpack(packed, C, SCORES, ACC) if PACKED else (pairs, reads)
             key = load_pairs(k + b * k_sb + g * k_sg, k_st, first - lag, 0, T - lag, C, D, TILE, True)
             bad_j = gl.convert_layout(is_bad(key), gl.SliceLayout(0, SCORES))
-            reads_bad = gl.max((_pairs(first_read, C, D, SCORES, HAS_DOCS) & (bad_j != 0)[None, :]).to(gl.int32), 1)
+            reads_bad = gl.max((pairs_now & (bad_j != 0)[None, :]).to(gl.int32), 1)
             reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
             d_query = gl.where((reads_bad != 0)[:, None], float("nan"), d_query)
         if dq_other is not None:

@@ -187,7 +187,9 @@ def hopper_state_kernel(
         begins = r == 0
         if states is not None:
             out = to_memory(state.to(gl.bfloat16), D, D, OUT)
-            p_state = (states + (bg * N + n) * F * D + state_rows * D)[:, None] + o_columns[None, :]
+            p_state = states + (bg * N + n) * F * D
+            # A pointer for each row takes fewer registers, of which there are enough at D = 64.
+            p_state = (p_state + state_rows * D)[:, None] + o_columns[None, :] if D > 64 else p_state + o_state
             gl.store(p_state, out, mask=(o_state >= 0) & begins)
             if SUMS:
                 p_sums = value_sums + (bg * N + n) * D + o_sum
