@@ -27,6 +27,19 @@ def _with_other(x, p_other, stride, stride_d, m_key, C: tl.constexpr, WIDTH: tl.
 
 
 @triton.jit
+def _long_product(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a b. fp32 products are made of whole rows of a and columns of b in registers: of 128 or more summands, a
+    quarter by each of four groups of threads."""
+    PART: tl.constexpr = a.shape[1] // 4
+    if a.dtype == tl.float32 and PART > 16:
+        a = tl.permute(tl.reshape(a, (a.shape[0], 4, PART)), (1, 0, 2))
+        b = tl.reshape(b, (4, PART, b.shape[1]))
+        return sums + tl.sum(tl.dot(a, b, input_precision=PRECISION), 0)
+    else:
+        return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
 def chunk_dkv_kernel(
     q, k, v, do, dk, dv, dk_other, dv_other, cum_hi, cum_lo, query_doc, key_doc, carried_doc,
     states, sums, factors, carry, carry_sums,
@@ -43,6 +56,9 @@ def chunk_dkv_kernel(
     HAS_FACTOR: tl.constexpr = HAS_DECAY or HAS_DOCS
     MEAN: tl.constexpr = F / D / D
     compute = states.dtype.element_ty
+    # Whether keys and values are other ones for every head, as far as the compiler knows: it would keep rows of them in
+    # registers through the loops.
+    ANEW: tl.constexpr = compute != tl.float32 and (D > 128 or (HAS_DECAY and D > 64))
     o_c, o_d, o_v = tl.arange(0, C), tl.arange(0, D), tl.arange(0, DV)
     o_j = n * C + o_c
     first_key = (n * C - lag).to(tl.int64)
@@ -82,13 +98,12 @@ def chunk_dkv_kernel(
     factor = tl.load(factors + bg * N + n) if HAS_FACTOR and HAS_CARRY else 1.0
 
     # Values. First what the queries behind the chunk give, through the state; then the chunk's own.
-    d_value = tl.dot(
-        b_k1, load_state(states + o_tile, carry + o_tile, factor, HAS_CARRY, HAS_FACTOR), input_precision=PRECISION
-    )
+    b_e = load_state(states + o_tile, carry + o_tile, factor, HAS_CARRY, HAS_FACTOR)
+    d_value = _long_product(b_k1, b_e, tl.zeros((C, DV), tl.float32), PRECISION)
     if PAIRED:
         o_tile2 = D * DV + o_tile
         b_e = load_state(states + o_tile2, carry + o_tile2, factor, HAS_CARRY, HAS_FACTOR)
-        d_value = tl.dot(b_k2, b_e, d_value, input_precision=PRECISION)
+        d_value = _long_product(b_k2, b_e, d_value, PRECISION)
     if MAP == SOFTMAX:
         p_sums = sums + (bg * N + n) * DV + o_v
         p_carry_sums = carry_sums + (bg * (segments + 1) + segment + 1) * DV + o_v if HAS_CARRY else p_sums
@@ -124,9 +139,13 @@ def chunk_dkv_kernel(
         query = tl.load(q + r * q_sh + o_q, mask=m_i[:, None], other=0.0)
         b_do = tl.load(do + r * do_sh + o_do, mask=m_i[:, None], other=0.0).to(compute)
         b_q = feature_map(query, 1.0, MAP, D).to(compute)
+        if ANEW:
+            b_k1 = tl.where(r < R, b_k1, 0.0)
         scores = tl.dot(b_k1, tl.trans(b_q), input_precision=PRECISION)
         if PAIRED:
             b_q2 = feature_map(query, -1.0, MAP, D).to(compute)
+            if ANEW:
+                b_k2 = tl.where(r < R, b_k2, 0.0)
             scores = tl.dot(b_k2, tl.trans(b_q2), scores, input_precision=PRECISION)
         if MAP == SOFTMAX:
             scores += MEAN
@@ -142,6 +161,9 @@ def chunk_dkv_kernel(
 
     # Keys, likewise, one half of the features after the other: both sums at once would not fit into registers.
     key = tl.load(k + o_k, mask=m_j[:, None], other=0.0)
+    if D > 128:
+        # 0, which the compiler does not know: it would keep the addresses of the states' tiles up to here.
+        o_tile += 16 * tl.minimum(M, 0)
     d_key = tl.zeros((C, D), compute)
     for half in tl.static_range(0, F // D):
         b_e = load_state(states + half * D * DV + o_tile, carry + half * D * DV + o_tile, factor, HAS_CARRY, HAS_FACTOR)
@@ -152,6 +174,8 @@ def chunk_dkv_kernel(
             dphi = tl.where(runs_on[:, None], dphi, 0.0)
         for r in range(0, R, HEADS):
             b_do = tl.load(do + r * do_sh + o_do, mask=m_i[:, None], other=0.0).to(compute)
+            if ANEW:
+                b_v = tl.where(r < R, b_v, 0.0)
             d_scores = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
             if HAS_DECAY:
                 d_scores *= weight

@@ -87,7 +87,9 @@ def chunk_dq_kernel(
     o_q = (o_r // C * q_sh + o_r % C * q_st)[:, None] + o_d[None, :] * q_sd
     o_do = (o_r // C * do_sh + o_r % C * do_st)[:, None] + o_v[None, :] * do_sd
     if dq_other is not None:
-        dq_other += b * dqo_sb + g * R * dqo_sh + (n * C).to(tl.int64) * dqo_st
+        dq_other += b * dqo_sb + (n * C).to(tl.int64) * dqo_st
+        if D <= 64:
+            dq_other += g * R * dqo_sh
     row = (b * T + n * C) * G * R + g * R
     o_row = o_r % C * G * R + o_r // C
     for r in range(0, R, HEADS):
@@ -150,8 +152,13 @@ def chunk_dq_kernel(
         if any_bad != 0:
             d_query = tl.where(reads_bad[:, None], float("nan"), d_query)
         if dq_other is not None:
-            o_other = (o_r // C * dqo_sh + o_r % C * dqo_st)[:, None] + o_d[None, :] * dqo_sd
-            other = tl.load(dq_other + r * dqo_sh + o_other, mask=m_i[:, None], other=0.0)
+            if D > 64:
+                # Computed from r for every row, so that it is computed here and not kept through the loop.
+                p_other, head = dq_other, g * R + r + o_r // C
+            else:
+                p_other, head = dq_other + r * dqo_sh, o_r // C
+            o_other = (head * dqo_sh + o_r % C * dqo_st)[:, None] + o_d[None, :] * dqo_sd
+            other = tl.load(p_other + o_other, mask=m_i[:, None], other=0.0)
             d_query = d_query.to(tl.float32) + other.to(tl.float32)
         tl.store(
             dq + (row + r) * D + (o_row * D)[:, None] + o_d[None, :], d_query.to(dq.dtype.element_ty), mask=m_i[:, None]

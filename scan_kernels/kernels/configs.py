@@ -39,7 +39,7 @@ HALF = Plan(
 # A decay, a start state, or the tensor cores of sm_80 take more registers per row.
 HALF_LEAN = replace(HALF, chunk=32, segment=32, output=_WIDE)
 _STATE = Config(num_warps=4, num_stages=1, block_f=64, block_v=64)
-# Queries and keys of 256: only dk/dv spills, 1 KB a thread, where chunks of 16 rows would double all states.
+# Queries and keys of 256.
 HALF_256 = replace(HALF_LEAN, state_fwd=_STATE, state_bwd=_STATE)
 # Products of fp32 run without tensor cores.
 SINGLE = Plan(chunk=16, segment=32, state_fwd=_STATE, state_bwd=_STATE, output=_WIDE, dq=_WIDE, dkv=_WIDE)

@@ -385,6 +385,20 @@ def made_here(x):
 
 
 @gluon.jit
+def stride_here(x):
+    """`made_here` of a row's or a head's stride: still known to be a multiple of 16, without which no load takes 16
+    bytes."""
+    return made_here(gl.to_tensor(x) // 16) * 16
+
+
+@gluon.jit
+def zero_of(x):
+    """0, from any number that is not negative. Neither compiler knows that: an address that is computed from it is not
+    taken for the one that is computed from 0, or from another number, and kept in registers from there to here."""
+    return gl.minimum(x, 0)
+
+
+@gluon.jit
 def is_bad(x):
     """1 for rows of pairs with a NaN or an infinity: 0 times those is NaN."""
     ROWS: gl.constexpr = gl.SliceLayout(1, x.type.layout)

@@ -28,9 +28,11 @@ from scan_kernels.kernels.hopper_common import (
     rename,
     shared_layout,
     store_tile,
+    stride_here,
     tile_layout,
     to_memory,
     words_of,
+    zero_of,
 )
 from scan_kernels.kernels.hopper_query import chunk_args, rows_of
 from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors
@@ -107,12 +109,17 @@ def _map_queries(s_q, s_phi, logs, SIGN: gl.constexpr, C: gl.constexpr, D: gl.co
 
 
 @gluon.jit
-def _add_state(s_k, s_v, s_1, s_2, d_value, dphi1, dphi2, HAS_SUMS: gl.constexpr, PAIRED: gl.constexpr):
+def _add_state(
+    s_k, s_v, s_1, s_2, d_value, dphi1, dphi2, T, D: gl.constexpr, HAS_SUMS: gl.constexpr, PAIRED: gl.constexpr
+):  # fmt: skip
     """What the queries that a state was gathered from give to the chunk's keys; without sums, the first there is."""
-    d_value = warpgroup_mma(s_k.index(0), s_1, d_value, use_acc=HAS_SUMS, is_async=True)
+    # The compiler would keep the tiles' addresses for the heads, beside all that these need.
+    place = zero_of(T) if D > 64 else 0
+    s_v = s_v.index(place)
+    d_value = warpgroup_mma(s_k.index(place), s_1, d_value, use_acc=HAS_SUMS, is_async=True)
     dphi1 = warpgroup_mma(s_v, s_1.permute([1, 0]), dphi1, use_acc=HAS_SUMS, is_async=True)
     if PAIRED:
-        d_value = warpgroup_mma(s_k.index(1), s_2, d_value, is_async=True)
+        d_value = warpgroup_mma(s_k.index(place + 1), s_2, d_value, is_async=True)
         dphi2 = warpgroup_mma(s_v, s_2.permute([1, 0]), dphi2, use_acc=HAS_SUMS, is_async=True)
     return d_value, dphi1, dphi2
 
@@ -133,11 +140,15 @@ def _add_head(
     SCORES: gl.constexpr = _wide_product_layout(C)
     s_q, s_do, s_phi1, s_phi2 = now
     s_q_then, s_do_then, s_phi1_then, s_phi2_then = then
+    # The last head's addresses are made anew: kept since the first, through the loop, they would not fit.
+    place = 0 if HAS_NEXT or D <= 64 else zero_of(q_st)
+    s_v = s_v.index(place)
     logs1, logs2 = 0.0, 0.0
     if HAS_NEXT:
         t_row = n * C + gl.arange(0, C, gl.SliceLayout(1, TILE))
         heads = gl.num_programs(1).to(gl.int64) * R
-        logs1, logs2 = load_logs(logs, first_log + gl.minimum(r + 1, R - 1), t_row, T, heads, MAP, PAIRED)
+        head = first_log + gl.minimum(r + 1, R - 1)
+        logs1, logs2 = load_logs(logs, head, made_here(t_row) if D > 64 else t_row, T, heads, MAP, PAIRED)
     # All of this head is in shared memory, and no product under way.
     async_copy.wait_group(0)
     if PART > 0:
@@ -149,12 +160,13 @@ def _add_head(
         upper = gl.where(r + 2 < R, T, 0)
         copy_rows(s_q, q + (r + 2) * q_sh, q_st, n * C, 0, upper, C, D, WARPS)
         async_copy.commit_group()
-        d_out = load_pairs(do + (r + 2) * do_sh, do_st, n * C, 0, upper, C, D, TILE)
+        row = stride_here(do_st) if D > 64 else do_st
+        d_out = load_pairs(do + (r + 2) * do_sh, row, n * C, 0, upper, C, D, TILE, D > 64)
     fence_async_shared()
     zeros = gl.zeros([C, C], gl.float32, SCORES)
-    scores = warpgroup_mma(s_k.index(0), s_phi1.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    scores = warpgroup_mma(s_k.index(place), s_phi1.permute([1, 0]), zeros, use_acc=False, is_async=True)
     if PAIRED:
-        scores = warpgroup_mma(s_k.index(1), s_phi2.permute([1, 0]), scores, is_async=True)
+        scores = warpgroup_mma(s_k.index(place + 1), s_phi2.permute([1, 0]), scores, is_async=True)
     d_scores = warpgroup_mma(s_v, s_do.permute([1, 0]), zeros, use_acc=False, is_async=True)
     if HAS_NEXT:
         _map_queries(s_q_then, s_phi1_then, logs1, 1.0, C, D, MAP)
@@ -171,10 +183,10 @@ def _add_head(
     if PAIRED:
         dphi2 = warpgroup_mma(s_ds, s_phi2, dphi2, is_async=True)
     if PART == 1:
-        d_value = warpgroup_mma(s_k.index(0), s_part, d_value, is_async=True)
+        d_value = warpgroup_mma(s_k.index(place), s_part, d_value, is_async=True)
         dphi1 = warpgroup_mma(s_v, s_part.permute([1, 0]), dphi1, is_async=True)
     if PART == 2:
-        d_value = warpgroup_mma(s_k.index(1), s_part, d_value, is_async=True)
+        d_value = warpgroup_mma(s_k.index(place + 1), s_part, d_value, is_async=True)
         dphi2 = warpgroup_mma(s_v, s_part.permute([1, 0]), dphi2, is_async=True)
     if PAIRED:
         if HAS_NEXT:
@@ -279,8 +291,8 @@ def hopper_dkv_kernel(
             phi, key_logs = feature_map_and_logs(key, -1.0, MAP, D, TILE)
             s_k.index(1).store(rename(phi.to(gl.bfloat16), C, D))
             s_logs2.store(key_logs)
-        s_v = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
-        s_v.store(rename(bf16_of(value, TILE), C, D))
+        s_v = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], shared_layout(D))
+        s_v.index(0).store(rename(bf16_of(value, TILE), C, D))
         pairs, runs_on = _masks(
             query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
         )
@@ -290,13 +302,13 @@ def hopper_dkv_kernel(
             async_copy.wait_group(1)
             fence_async_shared()
             if HAS_CARRY:
-                d_value, dphi1, dphi2 = _add_state(s_k, s_v, s_c1, s_c2, d_value, dphi1, dphi2, False, PAIRED)
+                d_value, dphi1, dphi2 = _add_state(s_k, s_v, s_c1, s_c2, d_value, dphi1, dphi2, T, D, False, PAIRED)
                 if HAS_DOCS:
                     d_value, dphi1, dphi2 = warpgroup_mma_wait(0, deps=[d_value, dphi1, dphi2])
                     d_value = gl.where(factor == 0, 0.0, factor * d_value)
                     dphi1 = gl.where(factor == 0, 0.0, factor * dphi1)
                     dphi2 = gl.where(factor == 0, 0.0, factor * dphi2)
-            d_value, dphi1, dphi2 = _add_state(s_k, s_v, s_e1, s_e2, d_value, dphi1, dphi2, HAS_CARRY, PAIRED)
+            d_value, dphi1, dphi2 = _add_state(s_k, s_v, s_e1, s_e2, d_value, dphi1, dphi2, T, D, HAS_CARRY, PAIRED)
             d_value, dphi1, dphi2 = warpgroup_mma_wait(0, deps=[d_value, dphi1, dphi2])
             if HAS_DOCS:
                 d_value = gl.where(runs_on[:, None], d_value, 0.0)
@@ -359,7 +371,8 @@ def hopper_dkv_kernel(
         # Rows behind the last query hold keys that none of them reads.
         this, first = made_here(gl.program_id(1)), made_here(gl.program_id(0)) * C
         b, g = (this // G).to(gl.int64), (this % G).to(gl.int64)
-        key = load_pairs(k + b * k_sb + g * k_sg, k_st, first - lag, 0, T - lag, C, D, WIDE)
+        p_key = k + b * stride_here(k_sb) + g * stride_here(k_sg)
+        key = load_pairs(p_key, stride_here(k_st), first - lag, 0, T - lag, C, D, WIDE)
         w_t = first + gl.arange(0, C, gl.SliceLayout(1, WIDE))
         reads = (w_t < T) & (w_t >= lag)
         d_value = to_memory(d_value, C, D, WIDE)

@@ -29,6 +29,7 @@ from scan_kernels.kernels.hopper_common import (
     rename,
     shared_layout,
     store_tile,
+    stride_here,
     tile_layout,
     to_memory,
 )
@@ -70,6 +71,31 @@ def _masks(
 
 
 @gluon.jit
+def _pack(pairs, reads, C: gl.constexpr, SCORES: gl.constexpr):
+    """Both masks as one number a row: the first key of the chunk that a query reads, -1 where it reads the state, too.
+
+    Ids never fall, so that a query's own document are the last keys up to it. As they are, a loop over heads would hold
+    a bit for every pair, or both rows of ids.
+    """
+    i_row = gl.arange(0, C, gl.SliceLayout(1, SCORES))
+    j_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
+    others = (i_row[:, None] >= j_row[None, :]) & (pairs == 0)
+    first = gl.max(gl.where(others, j_row[None, :] + 1, 0), 1)
+    reads = gl.convert_layout(reads, gl.SliceLayout(1, SCORES))
+    return gl.where((first == 0) & reads, -1, first)
+
+
+@gluon.jit
+def _unpack(first, C: gl.constexpr, SCORES: gl.constexpr, ACC: gl.constexpr):
+    """The masks that `_pack` packed."""
+    i_row = gl.arange(0, C, gl.SliceLayout(1, SCORES))
+    j_row = gl.arange(0, C, gl.SliceLayout(0, SCORES))
+    first = made_here(first)
+    pairs = (i_row[:, None] >= j_row[None, :]) & (j_row[None, :] >= first[:, None])
+    return pairs, gl.convert_layout(first, gl.SliceLayout(1, ACC)) < 0
+
+
+@gluon.jit
 def hopper_output_kernel(
     q, k, v, o, query_doc, key_doc, carried_doc, states, sums,
     q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, qdoc_sb, qdoc_st, doc_sb, doc_st,
@@ -83,6 +109,7 @@ def hopper_output_kernel(
     LEFT_SCORES: gl.constexpr = operand_layout(C, WARPS)
     PAIRED: gl.constexpr = F == 2 * D
     MEAN: gl.constexpr = F / D / D
+    HERE: gl.constexpr = D > 64 and HAS_DOCS  # addresses are made where they are used: registers are short
     bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0) + empty
     b, g = bg // G, bg % G
 
@@ -126,7 +153,8 @@ def hopper_output_kernel(
         if PAIRED:
             b_q2 = gl.convert_layout(rename(feature_map(query, -1.0, MAP, D, TILE).to(gl.bfloat16), C, D), LEFT)
         out = warpgroup_mma(b_q1, s_s1, gl.zeros([C, D], gl.float32, ACC), use_acc=False, is_async=True)
-        query = load_pairs(q + (r + 1) * q_sh, q_st, n * C, 0, gl.where(r + 1 < R, T, 0), C, D, TILE)
+        row, upper = stride_here(q_st) if HERE else q_st, gl.where(r + 1 < R, T, 0)
+        query = load_pairs(q + (r + 1) * q_sh, row, n * C, 0, upper, C, D, TILE)
         if PAIRED:
             scores = warpgroup_mma(b_q2, s_k2.permute([1, 0]), scores, is_async=True)
             out = warpgroup_mma(b_q2, s_s2, out, is_async=True)
@@ -152,7 +180,7 @@ def hopper_output_kernel(
             reads_bad = gl.max((pairs & (bad_j != 0)[None, :]).to(gl.int32), 1)
             reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
             out = gl.where((reads_bad != 0)[:, None], float("nan"), out)
-        store_tile(o + r * D, G * R * D, n * C, out, 0, T, C, D, TILE)
+        store_tile(o + r * D, G * R * D, made_here(n * C) if HERE else n * C, out, 0, T, C, D, TILE, HERE)
 
 
 @gluon.jit
@@ -169,6 +197,9 @@ def hopper_dq_kernel(
     LEFT: gl.constexpr = operand_layout(D, WARPS)
     LEFT_SCORES: gl.constexpr = operand_layout(D, WARPS)
     PAIRED: gl.constexpr = F == 2 * D
+    # Registers are short: masks are packed, and the next head is loaded behind the store of this one.
+    PACKED: gl.constexpr = D > 64 and HAS_DOCS
+    LATE: gl.constexpr = D > 64 and (HAS_DOCS or dq_other is not None)
     bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0) + empty
     b, g = bg // G, bg % G
 
@@ -194,13 +225,15 @@ def hopper_dq_kernel(
     pairs, reads = _masks(
         query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
     )
+    packed = _pack(pairs, reads, C, SCORES) if PACKED else reads
     o_c = gl.arange(0, C, gl.SliceLayout(1, TILE))
     query = load_pairs(q + b * q_sb + g * R * q_sh, q_st, n * C, 0, T, C, D, TILE)
     heads = gl.num_programs(1).to(gl.int64) * R
     async_copy.wait_group(0)
     fence_async_shared()
     # Addresses are made where they are used, from these: kept, they take a fifth of the registers that there are.
-    small_b, small_g = b.to(gl.int32), g.to(gl.int32)
+    this = made_here(gl.program_id(1))
+    small_b, small_g = this // G, this % G
     for r in range(0, R):
         b, g = made_here(small_b).to(gl.int64), made_here(small_g).to(gl.int64)
         first = made_here(n * C)
@@ -213,10 +246,11 @@ def hopper_dq_kernel(
             b_do, s_s1.permute([1, 0]), gl.zeros([C, D], gl.float32, ACC), use_acc=False, is_async=True
         )
         d_scores = warpgroup_mma_wait(1, deps=[d_scores])
-        b_ds = gl.convert_layout(gl.where(pairs, d_scores, 0.0).to(gl.bfloat16), LEFT_SCORES)
+        pairs_now, reads_now = _unpack(packed, C, SCORES, ACC) if PACKED else (pairs, reads)
+        b_ds = gl.convert_layout(gl.where(pairs_now, d_scores, 0.0).to(gl.bfloat16), LEFT_SCORES)
         if HAS_DOCS:
             dphi = warpgroup_mma_wait(0, deps=[dphi])
-            dphi = gl.where(reads[:, None], dphi, 0.0)
+            dphi = gl.where(reads_now[:, None], dphi, 0.0)
         dphi = warpgroup_mma(b_ds, s_k1, dphi, is_async=True)
         dphi = warpgroup_mma_wait(0, deps=[dphi])
         # Three tiles in fp32 are as many registers as there are: the first half waits in bf16.
@@ -228,7 +262,7 @@ def hopper_dq_kernel(
             )
             if HAS_DOCS:
                 dphi2 = warpgroup_mma_wait(0, deps=[dphi2])
-                dphi2 = gl.where(reads[:, None], dphi2, 0.0)
+                dphi2 = gl.where(reads_now[:, None], dphi2, 0.0)
             dphi2 = warpgroup_mma(b_ds, s_k2, dphi2, is_async=True)
             dphi2 = warpgroup_mma_wait(0, deps=[dphi2])
             even, odd = halves_of(waiting)
@@ -236,23 +270,30 @@ def hopper_dq_kernel(
                 query, to_memory(dphi2, C, D, TILE), logs2, -1.0, MAP, TILE
             )
         upper = gl.where(r + 1 < R, T, 0)
-        if dq_other is None:
+        if not LATE:
             d_out = load_pairs(do + b * do_sb + (g * R + r + 1) * do_sh, do_st, first, 0, upper, C, D, TILE, True)
-            query = load_pairs(q + b * q_sb + (g * R + r + 1) * q_sh, q_st, first, 0, upper, C, D, TILE, True)
+            query = load_pairs(
+                q + b * q_sb + (g * R + r + 1) * q_sh, stride_here(q_st), first, 0, upper, C, D, TILE, True
+            )
         if any_bad != 0:
+            pairs_now, _ = _unpack(packed, C, SCORES, ACC) if PACKED else (pairs, reads)
             key = load_pairs(k + b * k_sb + g * k_sg, k_st, first - lag, 0, T - lag, C, D, TILE, True)
             bad_j = gl.convert_layout(is_bad(key), gl.SliceLayout(0, SCORES))
-            reads_bad = gl.max((pairs & (bad_j != 0)[None, :]).to(gl.int32), 1)
+            reads_bad = gl.max((pairs_now & (bad_j != 0)[None, :]).to(gl.int32), 1)
             reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
             d_query = gl.where((reads_bad != 0)[:, None], float("nan"), d_query)
         if dq_other is not None:
             # Last of all, and the next loads behind it: ahead of the store they took registers from the loop.
-            other = load_pairs(dq_other + b * dqo_sb + (g * R + r) * dqo_sh, dqo_st, first, 0, T, C, D, TILE, True)
+            other = load_pairs(
+                dq_other + b * dqo_sb + (g * R + r) * dqo_sh, stride_here(dqo_st), first, 0, T, C, D, TILE, True
+            )
             d_query = d_query + bf16_of(other, TILE).to(gl.float32)
         store_tile(dq + (b * T * G * R + g * R + r) * D, G * R * D, first, d_query, 0, T, C, D, TILE, True)
-        if dq_other is not None:
+        if LATE:
             d_out = load_pairs(do + b * do_sb + (g * R + r + 1) * do_sh, do_st, first, 0, upper, C, D, TILE, True)
-            query = load_pairs(q + b * q_sb + (g * R + r + 1) * q_sh, q_st, first, 0, upper, C, D, TILE, True)
+            query = load_pairs(
+                q + b * q_sb + (g * R + r + 1) * q_sh, stride_here(q_st), first, 0, upper, C, D, TILE, True
+            )
 
 
 def launch_hopper_output(sizes: Sizes, x: Tensors, states: States, o: Tensor, config: Config) -> Launch:

@@ -110,7 +110,8 @@ def hopper_state_kernel(
     writes_sums = (half == 0) | (COLUMNS != D)
 
     state_rows = half * D + column_of(gl.arange(0, D, gl.SliceLayout(1, OUT)))
-    o_state = (state_rows * D)[:, None] + gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :]
+    o_columns = gl.arange(0, D, gl.SliceLayout(0, OUT))
+    o_state = (state_rows * D)[:, None] + o_columns[None, :]
     state = gl.zeros([D, D], gl.float32, product_layout(D, WARPS))
     sums = gl.zeros_like(_column_sums(s_columns.index(0), C, COLUMNS, WARPS))
     first_sum = gl.sum(sums, 0)
@@ -186,7 +187,10 @@ def hopper_state_kernel(
         begins = r == 0
         if states is not None:
             out = to_memory(state.to(gl.bfloat16), D, D, OUT)
-            gl.store(states + (bg * N + n) * F * D + o_state, out, mask=(o_state >= 0) & begins)
+            p_state = states + (bg * N + n) * F * D
+            # A pointer for each row takes fewer registers, of which there are enough at D = 64.
+            p_state = (p_state + state_rows * D)[:, None] + o_columns[None, :] if D > 64 else p_state + o_state
+            gl.store(p_state, out, mask=(o_state >= 0) & begins)
             if SUMS:
                 p_sums = value_sums + (bg * N + n) * D + o_sum
                 gl.store(p_sums, first_sum + gl.sum(sums, 0), mask=(o_sum >= 0) & (begins & writes_sums))

@@ -36,6 +36,7 @@ VARIANTS = {
     "decay": ("decay",),
     "start": ("start",),
     "all": ("documents", "decay", "start", "final"),
+    "core": ("others",),
     "joined": ("documents", "others"),  # the other branch's gradients of q, k, v
 }
 

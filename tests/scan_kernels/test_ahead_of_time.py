@@ -9,8 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 pytest.importorskip("triton")
+
+import triton
 
 from scan_kernels.kernels import branch_sum
 from scan_kernels.kernels.configs import HALF, Config
@@ -38,17 +41,25 @@ REST = [
 ]
 
 
-# Reached with Triton 3.6 and 3.8 at D = 128; some measured faster than what spills nothing.
-HOPPER = {"hopper_state": 88, "hopper_state_bwd": 72, "hopper_output": 136, "hopper_dq": 312, "hopper_dkv": 248}
+# A decay and a start state at once: in chunks of 16 rows nothing is spilled, and a forward and backward takes 12.9 ms
+# where this table takes 10.3 (with documents, H100, 32768 tokens).
+DECAY_AND_START = {"chunk_output_fwd": 128, "chunk_dq": 560}
+# fp32: with values in parts of half as many columns nothing is spilled, and a forward and backward takes 80 ms where
+# 46 are enough (H100, 32768 tokens); with all long sums as chunk_dkv._long_product makes them, 43.4 and 40.1 (H200).
+SINGLE = {"chunk_dq": 136}
+# Triton 3.8 gives ptxas the same kernels with other copies and addresses. What was timed is Triton 3.6's.
+HOPPER_38 = {"hopper_state": 88, "hopper_state_bwd": 48, "hopper_output": 136, "hopper_dq": 200, "hopper_dkv": 24}
 
 
 def most_spilled(case: Case, kernel: str) -> int:
-    """Bytes that a thread may store and load beside its registers: 16, and what was reached where that was not."""
-    if kernel in HOPPER:
-        return HOPPER[kernel]
-    if case.D > 128 or case.dtype == "fp32":
-        return 1200
-    return {"decay": 128, "all": 600, "joined": 96}.get(case.variant, 16)
+    """Bytes that a thread may store and load beside its registers: 16, but where less was slower or not reached."""
+    if case.variant == "all":
+        return DECAY_AND_START.get(kernel, 16)
+    if case.dtype == "fp32":
+        return SINGLE.get(kernel, 16)
+    if case.D == 128 and TorchVersion(triton.__version__) >= TorchVersion("3.8"):
+        return HOPPER_38.get(kernel, 16)
+    return 16
 
 
 EVERYTHING = os.environ.get("FLEXRATTN_ALL_KERNELS") == "1"
@@ -56,13 +67,15 @@ EVERYTHING = os.environ.get("FLEXRATTN_ALL_KERNELS") == "1"
 
 def test_kernels_fit():
     # Two kernels read the gradients of another branch.
-    joined = [Case(capability, "bf16", 128, "joined") for capability in (SHARED if EVERYTHING else (90,))]
+    joined = [Case(90, "bf16", 128, variant) for variant in ("core", "joined")]
+    if EVERYTHING:
+        joined = list(itertools.starmap(Case, itertools.product(SHARED, ["bf16"], (64, 128), ("core", "joined"))))
     readers = ("chunk_dq", "chunk_dkv", "hopper_dq", "hopper_dkv")
     unfit = []
     for case, kernel, found in measure(FIRST + REST if EVERYTHING else FIRST) + measure(joined, kernels=readers):
         fits = isinstance(found, Resources) and found.spilled <= most_spilled(case, kernel)
         # A kernel of next to no registers was optimized away.
-        if not fits or found.shared > SHARED[case.capability] or found.registers < 16:
+        if not fits or found.shared > SHARED[case.capability] or found.registers < 8:
             unfit.append(f"sm_{case.capability} {case.dtype} D={case.D} {case.variant}: {kernel} {found}")
     assert not unfit, "\n".join(unfit)
 
