@@ -7,6 +7,7 @@ index moved as `column_of` says. A sum over columns does not see their order, so
 the way in, o, dq, dk, dv back on the way out, and no tile passes through shared memory but the right operands.
 """
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -17,6 +18,9 @@ _SOFTMAX = gl.constexpr(SOFTMAX.value)
 _RELU = gl.constexpr(RELU.value)
 _LOG2E = gl.constexpr(1.4426950408889634)
 
+
+# Triton 3.8 keeps more in registers than 3.6, whose kernels are those that were timed: see docs/kernels.md, Registers.
+NEWER = gl.constexpr(tuple(int(number) for number in triton.__version__.split(".")[:2]) >= (3, 8))
 
 # Triton 3.6 calls it thread_barrier.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -109,10 +113,14 @@ def row_pointer(p, first, stride):
 
 @gluon.jit
 def copy_rows(
-    s_x, p, stride, first, lower, upper, C: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr
+    s_x, p, stride, first, lower, upper, C: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr,
+    HERE: gl.constexpr = False,
 ):  # fmt: skip
-    """Start the copy of rows first ... first + C of a tensor to shared memory, 0 outside lower <= row < upper."""
+    """Start the copy of rows first ... first + C of a tensor to shared memory, 0 outside lower <= row < upper. HERE:
+    see `load_pairs`."""
     COPY: gl.constexpr = copy_layout(D, WARPS)
+    if HERE:
+        stride = stride_here(stride)
     o_c = gl.arange(0, C, gl.SliceLayout(1, COPY))
     o_d = gl.arange(0, D, gl.SliceLayout(0, COPY))
     mask = (first + o_c >= lower) & (first + o_c < upper)

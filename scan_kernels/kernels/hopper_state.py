@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from scan_kernels.kernels.hopper_common import (
+    NEWER,
     _SOFTMAX,
     barrier,
     column_of,
@@ -84,6 +85,7 @@ def hopper_state_kernel(
     OUT: gl.constexpr = tile_layout(D, D, WARPS)
     HALVES: gl.constexpr = F // D
     SUMS: gl.constexpr = MAP == _SOFTMAX
+    HERE: gl.constexpr = NEWER and D > 64
     # Every program sums its share of the values' columns, where that is a tile of its own.
     COLUMNS: gl.constexpr = D // HALVES if D // HALVES >= 64 else D
     segment, half, bg = gl.program_id(0) // HALVES, gl.program_id(0) % HALVES, gl.program_id(1).to(gl.int64)
@@ -149,7 +151,7 @@ def hopper_state_kernel(
         # The last round copies nothing: its bounds are empty.
         upper = gl.where(step + 1 < steps, T - shift, 0)
         async_copy.wait_group(0)
-        copy_rows(s_x.index(1 - buffer), x + r_next * x_sh, x_st, n_next * C - shift, 0, upper, C, D, WARPS)
+        copy_rows(s_x.index(1 - buffer), x + r_next * x_sh, x_st, n_next * C - shift, 0, upper, C, D, WARPS, HERE)
         rows = words_of(s_x.index(buffer), C, D)
         phi1, logs1 = feature_map_and_logs(rows.slice(0, C // 2, dim=0).load(WORDS) ^ signs, 1.0, MAP, D, READ)
         phi1 = phi1.to(gl.bfloat16)
@@ -158,7 +160,7 @@ def hopper_state_kernel(
         state = warpgroup_mma_wait(0, deps=[product])
         # A warpgroup has waited for its own product; the other's reads the same rows.
         barrier()
-        copy_rows(s_y.index(1 - buffer), y + r_next * y_sh, y_st, n_next * C - shift, 0, upper, C, D, WARPS)
+        copy_rows(s_y.index(1 - buffer), y + r_next * y_sh, y_st, n_next * C - shift, 0, upper, C, D, WARPS, HERE)
         async_copy.commit_group()
         if logs is not None:
             t_row = n * C + o_c
