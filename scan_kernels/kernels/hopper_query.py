@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from scan_kernels.kernels.hopper_common import (
     _SOFTMAX,
+    NEWER,
     bf16_of,
     copy_state,
     feature_map,
@@ -109,7 +110,9 @@ def hopper_output_kernel(
     LEFT_SCORES: gl.constexpr = operand_layout(C, WARPS)
     PAIRED: gl.constexpr = F == 2 * D
     MEAN: gl.constexpr = F / D / D
-    HERE: gl.constexpr = D > 64 and HAS_DOCS  # addresses are made where they are used: registers are short
+    # Addresses are made where they are used, with Triton 3.8 from the program's number on: registers are short.
+    ANEW: gl.constexpr = D > 64 and NEWER
+    HERE: gl.constexpr = (D > 64 and HAS_DOCS) or ANEW
     bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0) + empty
     b, g = bg // G, bg % G
 
@@ -128,8 +131,8 @@ def hopper_output_kernel(
     # and set those who may read them to NaN below.
     key = load_pairs(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE)
     value = load_pairs(v + b * v_sb + g * v_sg, v_st, n * C - lag, 0, T - lag, C, D, TILE)
-    q += b * q_sb + g * R * q_sh
-    query = load_pairs(q, q_st, n * C, 0, T, C, D, TILE)
+    p_q = q + b * q_sb + g * R * q_sh
+    query = load_pairs(p_q, q_st, n * C, 0, T, C, D, TILE)
     if MAP == _SOFTMAX:
         o_m = gl.arange(0, D, gl.BlockedLayout([1], [32], [WARPS], [0]))
         mean = MEAN * gl.load(sums + (bg * N + n) * D + o_m)
@@ -142,10 +145,15 @@ def hopper_output_kernel(
     pairs, reads = _masks(
         query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
     )
-    o += (b * T * G * R + g * R) * D
+    p_o = o + (b * T * G * R + g * R) * D
+    if ANEW:
+        this = made_here(gl.program_id(1))
+        small_b, small_g = this // G, this % G
     async_copy.wait_group(0)
     fence_async_shared()
     for r in range(0, R):
+        if ANEW:
+            b, g = made_here(small_b).to(gl.int64), made_here(small_g).to(gl.int64)
         b_q1 = gl.convert_layout(rename(feature_map(query, 1.0, MAP, D, TILE).to(gl.bfloat16), C, D), LEFT)
         scores = warpgroup_mma(
             b_q1, s_k1.permute([1, 0]), gl.zeros([C, C], gl.float32, SCORES), use_acc=False, is_async=True
@@ -154,7 +162,10 @@ def hopper_output_kernel(
             b_q2 = gl.convert_layout(rename(feature_map(query, -1.0, MAP, D, TILE).to(gl.bfloat16), C, D), LEFT)
         out = warpgroup_mma(b_q1, s_s1, gl.zeros([C, D], gl.float32, ACC), use_acc=False, is_async=True)
         row, upper = stride_here(q_st) if HERE else q_st, gl.where(r + 1 < R, T, 0)
-        query = load_pairs(q + (r + 1) * q_sh, row, n * C, 0, upper, C, D, TILE)
+        if ANEW:
+            query = load_pairs(q + b * q_sb + (g * R + r + 1) * q_sh, row, n * C, 0, upper, C, D, TILE, True)
+        else:
+            query = load_pairs(p_q + (r + 1) * q_sh, row, n * C, 0, upper, C, D, TILE)
         if PAIRED:
             scores = warpgroup_mma(b_q2, s_k2.permute([1, 0]), scores, is_async=True)
             out = warpgroup_mma(b_q2, s_s2, out, is_async=True)
@@ -180,7 +191,8 @@ def hopper_output_kernel(
             reads_bad = gl.max((pairs & (bad_j != 0)[None, :]).to(gl.int32), 1)
             reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
             out = gl.where((reads_bad != 0)[:, None], float("nan"), out)
-        store_tile(o + r * D, G * R * D, made_here(n * C) if HERE else n * C, out, 0, T, C, D, TILE, HERE)
+        p_out = o + (b * T * G * R + g * R + r) * D if ANEW else p_o + r * D
+        store_tile(p_out, G * R * D, made_here(n * C) if HERE else n * C, out, 0, T, C, D, TILE, HERE)
 
 
 @gluon.jit

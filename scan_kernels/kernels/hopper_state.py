@@ -22,8 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from scan_kernels.kernels.hopper_common import (
-    NEWER,
     _SOFTMAX,
+    NEWER,
     barrier,
     column_of,
     copy_rows,

@@ -48,7 +48,7 @@ DECAY_AND_START = {"chunk_output_fwd": 128, "chunk_dq": 560}
 # 46 are enough (H100, 32768 tokens); with all long sums as chunk_dkv._long_product makes them, 43.4 and 40.1 (H200).
 SINGLE = {"chunk_dq": 136}
 # Triton 3.8 gives ptxas the same kernels with other copies and addresses. What was timed is Triton 3.6's.
-HOPPER_38 = {"hopper_state": 88, "hopper_state_bwd": 48, "hopper_output": 136, "hopper_dq": 200, "hopper_dkv": 24}
+HOPPER_38 = {"hopper_output": 48, "hopper_dq": 200, "hopper_dkv": 24}
 
 
 def most_spilled(case: Case, kernel: str) -> int:
