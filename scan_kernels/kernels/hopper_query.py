@@ -131,7 +131,7 @@ def hopper_output_kernel(
     # and set those who may read them to NaN below.
     key = load_pairs(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE)
     value = load_pairs(v + b * v_sb + g * v_sg, v_st, n * C - lag, 0, T - lag, C, D, TILE)
-    p_q = q + b * q_sb + g * R * q_sh
+    p_q = q + (b * q_sb + g * R * q_sh)
     query = load_pairs(p_q, q_st, n * C, 0, T, C, D, TILE)
     if MAP == _SOFTMAX:
         o_m = gl.arange(0, D, gl.BlockedLayout([1], [32], [WARPS], [0]))
