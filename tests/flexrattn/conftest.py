@@ -1,0 +1,3 @@
+"""Before any torchtitan module that a test imports by itself: see flexrattn/platform.py."""
+
+import flexrattn  # noqa: F401
