@@ -384,10 +384,10 @@ def from_zero(inputs: Inputs) -> bool:
     return inputs.rows is None and inputs.carried is None and inputs.start is None
 
 
-def rows_kept(inputs: Inputs, lag: int, save_every: int) -> int:
+def rows_kept(inputs: Inputs, lag: int, feature_map: str, save_every: int) -> int:
     """States that a forward keeps for each KV head of each sequence."""
-    T, chunk = inputs.q.shape[1], plan_of(inputs).chunk
-    return kept_rows(-(-T // chunk), empty_chunks(T, lag, chunk) if from_zero(inputs) else 0, save_every)
+    sizes = sizes_of(*inputs[:3], lag, feature_map, plan_of(inputs), from_zero=from_zero(inputs))
+    return kept_rows(sizes, save_every)
 
 
 def prepare(

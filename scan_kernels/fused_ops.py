@@ -229,7 +229,7 @@ def _(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if save_every:
         from scan_kernels import fused
 
-        rows_kept = fused.rows_kept(inputs, lag, save_every)
+        rows_kept = fused.rows_kept(inputs, lag, feature_map, save_every)
         kept_shape, kept_sums_shape = (B * G, rows_kept, F, Dv), (B * G, rows_kept, Dv)
     return o, final, q.new_empty(kept_shape, dtype=compute), q.new_empty(kept_sums_shape, dtype=torch.float32)
 

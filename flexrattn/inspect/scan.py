@@ -175,14 +175,10 @@ def work(launch: Any) -> tuple[int | None, int]:
     args = launch.args
     tensors = {id(x): x for x in args.values() if isinstance(x, Tensor)}
     sizes_of = {key: x.numel() * x.element_size() for key, x in tensors.items()}
-    empty = args.get("empty", 0)
-    by_chunk = (*_BY_CHUNK, *(("x", "y") if args.get("BACKWARD") else ())) if empty else ()
-    for name in by_chunk:
+    names, part, whole = _in_part(launch)
+    for name in names:
         if args.get(name) is not None:
-            sizes_of[id(args[name])] = sizes_of[id(args[name])] * (args["N"] - empty) // args["N"]
-    if "empty_rows" in launch.kernel.fn.__name__:  # grid: chunks, heads, sequences
-        x, rows = args["x"], launch.grid[0] * args["C"]
-        return 0, x[:, :rows].numel() * x.element_size() * (1 if args["other"] is None else 2)
+            sizes_of[id(args[name])] = sizes_of[id(args[name])] * part // whole
     if "kept" in args:  # of all states it reads the rows that it keeps
         most = sizes_of[id(args["kept"])]
         sizes_of = {key: min(size, most) for key, size in sizes_of.items()}
@@ -194,8 +190,18 @@ def work(launch: Any) -> tuple[int | None, int]:
     return formula(sizes) * sizes.N * sizes.BG, nbytes
 
 
-# Of what chunks read and write, the empty ones in front neither: no other stage writes their rows of o and dq.
-_BY_CHUNK = ("q", "do", "o", "dq", "dq_other", "states", "value_sums", "sums", "factors", "logs")
+def _in_part(launch: Any) -> tuple[tuple[str, ...], int, int]:
+    """Arguments of which a launch touches `part` of `whole` alone: (names, part, whole).
+
+    The empty chunks in front are one kernel's, which writes their rows of o and dq, and no other one's.
+    """
+    args = launch.args
+    if launch.kernel.fn.__name__ == "empty_rows_kernel":
+        return ("x", "other"), launch.grid[0] * args["C"], args["T"]
+    if not args.get("empty"):
+        return (), 1, 1
+    names = ("q", "do", "o", "dq", "dq_other", "states", "value_sums", "sums", "factors", "logs")
+    return names + (("x", "y") if args.get("BACKWARD") else ()), args["N"] - args["empty"], args["N"]
 
 
 class _Sizes:

@@ -46,15 +46,15 @@ def border_states_kernel(
         tl.store(p_kept_sums, value_sum)
 
 
-def kept_rows(chunks: int, empty: int, every: int) -> int:
+def kept_rows(sizes: Sizes, every: int) -> int:
     """Rows of `kept`: with every = 1 the states of all chunks, else a carry for segments of `every` chunks, which the
     empty ones are not in."""
-    return chunks if every == 1 else -(-(chunks - empty) // every) + 1
+    return sizes.N if every == 1 else -(-(sizes.N - sizes.empty) // every) + 1
 
 
 def launch_border_states(sizes: Sizes, states: States, every: int, has_sums: bool) -> tuple[Launch, Tensor, Tensor]:
     """kept (B * G, rows, F, DV) in the dtype of the states and, in fp32, the sums of the values."""
-    rows = kept_rows(sizes.N, sizes.empty, every)
+    rows = kept_rows(sizes, every)
     kept = states.chunks.new_empty(sizes.B * sizes.G, rows, sizes.F, sizes.DV)
     kept_sums = states.chunks.new_empty(sizes.B * sizes.G, rows, sizes.DV, dtype=torch.float32)
     args = {

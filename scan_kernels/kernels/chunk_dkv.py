@@ -219,5 +219,5 @@ def launch_chunk_dkv(
         **strides(dk_other, "dko_sb dko_st dko_sg dko_sd"),
         **strides(dv_other, "dvo_sb dvo_st dvo_sg dvo_sd"),
     }
-    with_keys = -(-(sizes.M + sizes.lag) // sizes.chunk) - sizes.empty
-    return Launch(chunk_dkv_kernel, (with_keys, sizes.B * sizes.G), args, config.options)
+    chunks_with_keys = -(-(sizes.M + sizes.lag) // sizes.chunk) - sizes.empty
+    return Launch(chunk_dkv_kernel, (chunks_with_keys, sizes.B * sizes.G), args, config.options)

@@ -29,6 +29,7 @@ from score_mods import (
 )
 from tests.closeness import relative_error
 from tests.flexrattn.flash_stand_in import install
+from tests.flexrattn.spread import spread_weights
 from tests.score_mods.catalogue import MASKS
 
 T = 24
@@ -45,12 +46,7 @@ def kernels(monkeypatch):
 def build(**options):
     options = {"window": 5, "softmax_backend": "flash", **options}
     model = build_model_config(resolve_flavor("debug", SIZE), make_layers(**options)).build()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        model.init_weights()
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.3)
+    spread_weights(model, 0.3)
     return model
 
 

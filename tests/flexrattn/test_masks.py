@@ -23,6 +23,7 @@ from score_mods import (
     residual_of,
 )
 from tests.closeness import relative_error
+from tests.flexrattn.spread import spread_weights
 from tests.score_mods.catalogue import HEADS, MASKS, SCORE_MODS
 
 T = 41
@@ -46,12 +47,7 @@ def config_of(**options):
 
 def model_of(seed: int = 0, **options):
     model = config_of(**options).build()
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        model.init_weights()
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.3)
+    spread_weights(model, 0.3, seed)
     return model.double()
 
 

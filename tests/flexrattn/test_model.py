@@ -10,6 +10,7 @@ from flexrattn import build_model_config, make_layers, resolve_flavor
 from flexrattn.flavors import GatedFeedForward, _feed_forward
 from score_mods import build_block_mask
 from tests.closeness import relative_error
+from tests.flexrattn.spread import spread_weights
 
 T = 48
 
@@ -17,13 +18,7 @@ T = 48
 def build(seed: int = 0, **options):
     layers = {"window": 5, **options}
     model = build_model_config(resolve_flavor("debug", {"vocab_size": 32}), make_layers(**layers)).build()
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        model.init_weights()
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                # Far from the small initialisation, so that every branch matters to the logits.
-                parameter.normal_(std=0.2)
+    spread_weights(model, 0.2, seed)
     return model
 
 

@@ -18,6 +18,7 @@ from score_mods import (
     sliding_window,
 )
 from tests.closeness import relative_error
+from tests.flexrattn.spread import spread_weights
 
 pytestmark = pytest.mark.gpu
 
@@ -135,12 +136,7 @@ def test_sinks_and_drawn_windows_train_compiled():
     tokens = torch.randint(0, 64, (2, 300), generator=torch.Generator().manual_seed(0))
     positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in ([170, 130], [1, 299])])
     exact = config.build()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        exact.init_weights()
-        for parameter in exact.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.1)
+    spread_weights(exact, 0.1)
     model = config.build()
     with torch.no_grad():
         model.init_weights()

@@ -16,14 +16,24 @@ from tests.closeness import relative_error
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("backend", KERNEL_OPTIONS)
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(("D", "T", "window"), [(64, 700, 100), (128, 1024, 512)])
-def test_a_window_of_documents(backend, documents, D, T, window):
+def needs(backend: str) -> None:
     try:
         check_backend(KERNEL_OPTIONS[backend], torch.device("cuda"))
     except ValueError as error:
         pytest.skip(str(error))
+
+
+def results(attend, q, k, v, do) -> dict[str, torch.Tensor]:
+    given = [x.detach().requires_grad_() for x in (q, k, v)]
+    o = attend(*given)
+    return dict(zip(("o", "dq", "dk", "dv"), (o.detach(), *torch.autograd.grad(o, given, do)), strict=True))
+
+
+@pytest.mark.parametrize("backend", KERNEL_OPTIONS)
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("D", "T", "window"), [(64, 700, 100), (128, 1024, 512)])
+def test_a_window_of_documents(backend, documents, D, T, window):
+    needs(backend)
     generator = torch.Generator("cuda").manual_seed(T)
     q, k, v, do = (torch.randn(2, T, heads, D, device="cuda", generator=generator).bfloat16() for heads in (8, 2, 2, 8))
     mask_mod = sliding_window(window)
@@ -33,27 +43,11 @@ def test_a_window_of_documents(backend, documents, D, T, window):
     sizes = {"q_len": T, "kv_len": T, "device": "cuda"} | ({"batch": 2} if documents else {})
     inner = MaskedAttention.Config(kernel_options=dict(KERNEL_OPTIONS[backend])).build()
     mask = build_block_mask(mask_mod, **sizes)
-    given = [x.clone().requires_grad_() for x in (q, k, v)]
-    o = inner(*given, attention_masks=mask, enable_gqa=True)
-    found = dict(zip(("o", "dq", "dk", "dv"), (o, *torch.autograd.grad(o, given, do)), strict=True))
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
-    o = reference_attention(*exact, dense_mask(mask_mod, **sizes))
-    wanted = dict(zip(found, (o, *torch.autograd.grad(o, exact, do.double())), strict=True))
+    found = results(lambda *x: inner(*x, attention_masks=mask, enable_gqa=True), q, k, v, do)
+    dense = dense_mask(mask_mod, **sizes)
+    wanted = results(lambda *x: reference_attention(*x, dense), *(x.double() for x in (q, k, v, do)))
     for name, x in found.items():
         assert relative_error(x, wanted[name]) < 0.01, name
-
-
-def needs_flash() -> None:
-    try:
-        check_backend(KERNEL_OPTIONS["flash"], torch.device("cuda"))
-    except ValueError as error:
-        pytest.skip(str(error))
-
-
-def results(attend, q, k, v, do) -> dict[str, torch.Tensor]:
-    given = [x.detach().requires_grad_() for x in (q, k, v)]
-    o = attend(*given)
-    return dict(zip(("o", "dq", "dk", "dv"), (o.detach(), *torch.autograd.grad(o, given, do)), strict=True))
 
 
 def exactly(window: int | None, q, k, v, do) -> dict[str, torch.Tensor]:
@@ -106,7 +100,7 @@ def errors_of_case(T, window, D, heads, dtype) -> dict[str, float]:
 
 def test_flash_windows_are_right():
     """Each against float64, with the strides of a layer's joint projection; all in one process, as lengths come."""
-    needs_flash()
+    needs("flash")
     for case in CASES:
         found = errors_of_case(*case)
         assert max(found.values()) < 0.01, (case, found)
@@ -114,7 +108,7 @@ def test_flash_windows_are_right():
 
 def test_flash_window_operators():
     """Fakes, strides and autograd as torch checks them, also of tensors that are copied before kernels read them."""
-    needs_flash()
+    needs("flash")
     B, T, H, G, D = 2, 200, 4, 2, 64
     q, k, v = (torch.randn(B, T, n, D, device="cuda").bfloat16().requires_grad_() for n in (H, G, G))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -131,7 +125,7 @@ def test_flash_window_operators():
 @pytest.mark.parametrize("policy", [None, SelectiveAC, FullAC])
 def test_a_flash_layer_compiled(policy):
     """A layer over whole rows: one graph, the same under checkpointing, whose selective kind runs no forward again."""
-    needs_flash()
+    needs("flash")
     T, window = 900, 100
     layers = make_layers(window=window, pattern=("local",), softmax_backend="flash", rla_norm_init=1.0)
     sizes = {"dim": 256, "n_layers": 1, "n_heads": 8, "n_kv_heads": 2, "head_dim": 64, "max_seq_len": T}

@@ -74,8 +74,9 @@ def test_kernels_fit():
     unfit = []
     for case, kernel, found in measure(FIRST + REST if EVERYTHING else FIRST) + measure(joined, kernels=readers):
         fits = isinstance(found, Resources) and found.spilled <= most_spilled(case, kernel)
-        # A kernel of next to no registers was optimized away.
-        if not fits or found.shared > SHARED[case.capability] or found.registers < 8:
+        # A kernel of next to no registers was optimized away; one fills rows, and needs few.
+        least = 8 if kernel == "empty_rows" else 16
+        if not fits or found.shared > SHARED[case.capability] or found.registers < least:
             unfit.append(f"sm_{case.capability} {case.dtype} D={case.D} {case.variant}: {kernel} {found}")
     assert not unfit, "\n".join(unfit)
 

@@ -139,7 +139,7 @@ def test_numbers_of_the_report(report):
         k["name"] for k in scan
     }
     for kernel in scan:
-        assert kernel["registers"] >= 8
+        assert kernel["registers"] >= (8 if kernel["name"] == "empty_rows" else 16)
         assert 1 <= kernel["programs_per_sm"] <= 32
         assert kernel["waves"] > 0
     assert report["health"] is None
