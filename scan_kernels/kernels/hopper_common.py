@@ -319,6 +319,20 @@ def feature_map(x, SIGN: gl.constexpr, MAP: gl.constexpr, D: gl.constexpr, TILE:
 
 
 @gluon.jit
+def _row_dot(x, y):
+    """Sums of the rows of x * y: those of a thread as four chains, whose every link is one instruction."""
+    APART: gl.constexpr = columns_of_a_thread(x.type.layout)
+    x1, x2 = _apart(x, APART[0])
+    y1, y2 = _apart(y, APART[0])
+    x1, x3 = _apart(x1, APART[1])
+    y1, y3 = _apart(y1, APART[1])
+    x2, x4 = _apart(x2, APART[1])
+    y2, y4 = _apart(y2, APART[1])
+    total = gl.fma(x4, y4, gl.fma(x3, y3, gl.fma(x2, y2, x1 * y1)))
+    return gl.convert_layout(_row_sum(total), gl.SliceLayout(1, x.type.layout))
+
+
+@gluon.jit
 def _softmax_of_logs(x, logs, SIGN: gl.constexpr, TILE: gl.constexpr):
     """exp(SIGN x - logs)."""
     logs = gl.convert_layout(logs, gl.SliceLayout(1, x.type.layout))
@@ -344,7 +358,7 @@ def feature_map_bwd(x, dphi, logs, SIGN: gl.constexpr, MAP: gl.constexpr, TILE: 
     """
     if MAP == _SOFTMAX:
         phi = _softmax_of_logs(x, logs, SIGN, TILE)
-        dx = phi * (dphi - gl.sum(phi * dphi, 1)[:, None])
+        dx = phi * (dphi - _row_dot(phi, dphi)[:, None])
     elif MAP == _RELU:
         even, odd = halves_of(x)
         dx = gl.where(join_halves(even, odd, TILE) * SIGN > 0, dphi, 0.0)
@@ -390,6 +404,19 @@ def made_here(x):
     MOVE: gl.constexpr = "mov.b64 $0, $1;" if WIDE else "mov.b32 $0, $1;"
     x = x if WIDE else x.to(gl.int32)
     return gl.inline_asm_elementwise(MOVE, "=l,l" if WIDE else "=r,r", [x], x.dtype, is_pure=False, pack=1)
+
+
+@gluon.jit
+def uniform(x):
+    """A scalar that ptxas, too, knows to be the same for all threads of a warp. Behind a branch on any other it takes
+    the threads for parted, and moves no load over a shuffle."""
+    return gl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [x], x.dtype, is_pure=True, pack=1)
+
+
+@gluon.jit
+def loads_first():
+    """Loads above begin above: ptxas lets what only a loop's next round reads sink to the end of this one."""
+    gl.inline_asm_elementwise("bar.warp.sync -1; mov.b32 $0, $1;", "=r,r", [0], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from scan_kernels.kernels.hopper_common import (
     _SOFTMAX,
+    NEWER,
     add_carry,
     barrier,
     bf16_of,
@@ -82,9 +83,9 @@ def _two_tiles(C: gl.constexpr, D: gl.constexpr, APART: gl.constexpr):
     """Two tiles, and both as one, or APART: the compiler then sees that who writes one is in no one's way in the other,
     which saves barriers, and takes addresses of its own for each."""
     if APART:
-        first = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
-        second = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
-        both = first
+        first = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], shared_layout(D)).index(0)
+        both = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], shared_layout(D))
+        second = both.index(0)
     else:
         both = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
         first, second = both.index(0), both.index(1)
@@ -354,8 +355,11 @@ def hopper_dkv_kernel(
                     ALONE + 2 * pair, q, q_st, q_sh, do, do_st, do_sh, n, T, logs, bg * R,
                     True, 1, R, C, D, MAP, MEAN, PAIRED,
                 )  # fmt: skip
+                # With Triton 3.8 their addresses would wait in registers from one round to the next.
+                place = (zero_of(q_st) if NEWER else 0) + (0 if APART else 1)
+                anew = (s_q[1], s_do[2].index(place), s_phi1[2].index(place), s_phi2[2].index(place))
                 d_value, dphi1, dphi2, d_out = _add_head(
-                    s_k, s_v, two, one, s_p, s_ds, s_part, part + D * D, d_value, dphi1, dphi2, d_out, pairs,
+                    s_k, s_v, anew, one, s_p, s_ds, s_part, part + D * D, d_value, dphi1, dphi2, d_out, pairs,
                     ALONE + 2 * pair + 1, q, q_st, q_sh, do, do_st, do_sh, n, T, logs, bg * R,
                     True, 2, R, C, D, MAP, MEAN, PAIRED,
                 )  # fmt: skip

@@ -12,7 +12,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from scan_kernels.kernels.hopper_common import (
     _SOFTMAX,
-    NEWER,
     bf16_of,
     copy_state,
     feature_map,
@@ -23,6 +22,7 @@ from scan_kernels.kernels.hopper_common import (
     key_document,
     load_logs,
     load_pairs,
+    loads_first,
     made_here,
     operand_layout,
     pairs_of,
@@ -33,6 +33,7 @@ from scan_kernels.kernels.hopper_common import (
     stride_here,
     tile_layout,
     to_memory,
+    uniform,
 )
 from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, strides
 
@@ -97,6 +98,33 @@ def _unpack(first, C: gl.constexpr, SCORES: gl.constexpr, ACC: gl.constexpr):
 
 
 @gluon.jit
+def _bit_of_pairs(PAIRS: gl.constexpr, C: gl.constexpr):
+    """The bit of a thread's column in a word for its row; (C, C) scores are (C, C // 8, 4, 2), four threads a row."""
+    group = gl.arange(0, C // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, PAIRS))))
+    side = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, PAIRS))))
+    return 1 << (2 * group[None, :, None, None] + side[None, None, None, :])
+
+
+@gluon.jit
+def _words_of(pairs, C: gl.constexpr):
+    """A mask of scores as a word for what a thread has of each row."""
+    pairs = gl.reshape(pairs.to(gl.int32), [C, C // 8, 4, 2])
+    PAIRS: gl.constexpr = pairs.type.layout
+    return gl.sum(gl.sum(pairs * _bit_of_pairs(PAIRS, C), 3), 1)
+
+
+@gluon.jit
+def _pairs_of(words, C: gl.constexpr, SCORES: gl.constexpr):
+    """The mask of `_words_of`."""
+    PAIRS: gl.constexpr = words.type.layout.parent.parent
+    words = gl.expand_dims(gl.expand_dims(made_here(words), 1), 3)
+    words, bit = gl.broadcast(words, _bit_of_pairs(PAIRS, C))
+    # By hand: the compiler makes shifts of it, one more instruction for each pair.
+    found = gl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [words, bit], gl.int32, is_pure=True, pack=1)
+    return gl.convert_layout(gl.reshape(found != 0, [C, C]), SCORES)
+
+
+@gluon.jit
 def hopper_output_kernel(
     q, k, v, o, query_doc, key_doc, carried_doc, states, sums,
     q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, qdoc_sb, qdoc_st, doc_sb, doc_st,
@@ -110,9 +138,8 @@ def hopper_output_kernel(
     LEFT_SCORES: gl.constexpr = operand_layout(C, WARPS)
     PAIRED: gl.constexpr = F == 2 * D
     MEAN: gl.constexpr = F / D / D
-    # Addresses are made where they are used, with Triton 3.8 from the program's number on: registers are short.
-    ANEW: gl.constexpr = D > 64 and NEWER
-    HERE: gl.constexpr = (D > 64 and HAS_DOCS) or ANEW
+    # Addresses are made where they are used: registers are short.
+    HERE: gl.constexpr = D > 64 and HAS_DOCS
     bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0) + empty
     b, g = bg // G, bg % G
 
@@ -140,20 +167,20 @@ def hopper_output_kernel(
         s_mean.store(mean)
     bad = gl.maximum(is_bad(key), is_bad(value))
     s_v.store(rename(bf16_of(gl.where(bad[:, None] != 0, 0, value), TILE), C, D))
-    any_bad = gl.max(bad, 0)
+    any_bad = uniform(gl.max(bad, 0))
     _share_features(s_k1, s_k2, gl.where(bad[:, None] != 0, 0, key), C, D, MAP, PAIRED)
     pairs, reads = _masks(
         query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
     )
+    packed = _words_of(pairs, C) if HAS_DOCS else pairs
     p_o = o + (b * T * G * R + g * R) * D
-    if ANEW:
-        this = made_here(gl.program_id(1))
-        small_b, small_g = this // G, this % G
     async_copy.wait_group(0)
     fence_async_shared()
     for r in range(0, R):
-        if ANEW:
-            b, g = made_here(small_b).to(gl.int64), made_here(small_g).to(gl.int64)
+        # The next head's queries are on their way from here on.
+        row, upper = stride_here(q_st) if HERE else q_st, gl.where(r + 1 < R, T, 0)
+        later = load_pairs(p_q + (r + 1) * q_sh, row, n * C, 0, upper, C, D, TILE)
+        loads_first()
         b_q1 = gl.convert_layout(rename(feature_map(query, 1.0, MAP, D, TILE).to(gl.bfloat16), C, D), LEFT)
         scores = warpgroup_mma(
             b_q1, s_k1.permute([1, 0]), gl.zeros([C, C], gl.float32, SCORES), use_acc=False, is_async=True
@@ -161,17 +188,14 @@ def hopper_output_kernel(
         if PAIRED:
             b_q2 = gl.convert_layout(rename(feature_map(query, -1.0, MAP, D, TILE).to(gl.bfloat16), C, D), LEFT)
         out = warpgroup_mma(b_q1, s_s1, gl.zeros([C, D], gl.float32, ACC), use_acc=False, is_async=True)
-        row, upper = stride_here(q_st) if HERE else q_st, gl.where(r + 1 < R, T, 0)
-        if ANEW:
-            query = load_pairs(q + b * q_sb + (g * R + r + 1) * q_sh, row, n * C, 0, upper, C, D, TILE, True)
-        else:
-            query = load_pairs(p_q + (r + 1) * q_sh, row, n * C, 0, upper, C, D, TILE)
         if PAIRED:
             scores = warpgroup_mma(b_q2, s_k2.permute([1, 0]), scores, is_async=True)
             out = warpgroup_mma(b_q2, s_s2, out, is_async=True)
+        query = later
         scores = warpgroup_mma_wait(1, deps=[scores])
         if MAP == _SOFTMAX:
             scores = scores + MEAN
+        pairs = _pairs_of(packed, C, SCORES) if HAS_DOCS else packed
         b_scores = gl.convert_layout(gl.where(pairs, scores, 0.0).to(gl.bfloat16), LEFT_SCORES)
         if HAS_DOCS:
             out = warpgroup_mma_wait(0, deps=[out])
@@ -191,8 +215,7 @@ def hopper_output_kernel(
             reads_bad = gl.max((pairs & (bad_j != 0)[None, :]).to(gl.int32), 1)
             reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
             out = gl.where((reads_bad != 0)[:, None], float("nan"), out)
-        p_out = o + (b * T * G * R + g * R + r) * D if ANEW else p_o + r * D
-        store_tile(p_out, G * R * D, made_here(n * C) if HERE else n * C, out, 0, T, C, D, TILE, HERE)
+        store_tile(p_o + r * D, G * R * D, made_here(n * C) if HERE else n * C, out, 0, T, C, D, TILE, HERE)
 
 
 @gluon.jit
@@ -209,9 +232,8 @@ def hopper_dq_kernel(
     LEFT: gl.constexpr = operand_layout(D, WARPS)
     LEFT_SCORES: gl.constexpr = operand_layout(D, WARPS)
     PAIRED: gl.constexpr = F == 2 * D
-    # Registers are short: masks are packed, and the next head is loaded behind the store of this one.
+    # Registers are short: masks are packed, and the next head's queries are loaded behind the store of this one.
     PACKED: gl.constexpr = D > 64 and HAS_DOCS
-    LATE: gl.constexpr = D > 64 and (HAS_DOCS or dq_other is not None)
     bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0) + empty
     b, g = bg // G, bg % G
 
@@ -232,7 +254,7 @@ def hopper_dq_kernel(
     d_out = load_pairs(do + b * do_sb + g * R * do_sh, do_st, n * C, 0, T, C, D, TILE)
     bad = is_bad(key)
     s_v.store(rename(bf16_of(value, TILE), C, D))
-    any_bad = gl.max(bad, 0)
+    any_bad = uniform(gl.max(bad, 0))
     _share_features(s_k1, s_k2, gl.where(bad[:, None] != 0, 0, key), C, D, MAP, PAIRED)
     pairs, reads = _masks(
         query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
@@ -282,30 +304,24 @@ def hopper_dq_kernel(
                 query, to_memory(dphi2, C, D, TILE), logs2, -1.0, MAP, TILE
             )
         upper = gl.where(r + 1 < R, T, 0)
-        if not LATE:
-            d_out = load_pairs(do + b * do_sb + (g * R + r + 1) * do_sh, do_st, first, 0, upper, C, D, TILE, True)
-            query = load_pairs(
-                q + b * q_sb + (g * R + r + 1) * q_sh, stride_here(q_st), first, 0, upper, C, D, TILE, True
-            )
+        d_out = load_pairs(do + b * do_sb + (g * R + r + 1) * do_sh, do_st, first, 0, upper, C, D, TILE, True)
         if any_bad != 0:
             pairs_now, _ = _unpack(packed, C, SCORES, ACC) if PACKED else (pairs, reads)
-            key = load_pairs(k + b * k_sb + g * k_sg, k_st, first - lag, 0, T - lag, C, D, TILE, True)
+            # Nothing of this waits in a register.
+            row, end = (made_here(k_st) >> 4) * 16, made_here(T) - lag
+            key = load_pairs(k + b * k_sb + g * k_sg, row, first - lag, 0, end, C, D, TILE, True)
             bad_j = gl.convert_layout(is_bad(key), gl.SliceLayout(0, SCORES))
             reads_bad = gl.max((pairs_now & (bad_j != 0)[None, :]).to(gl.int32), 1)
             reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
             d_query = gl.where((reads_bad != 0)[:, None], float("nan"), d_query)
         if dq_other is not None:
-            # Last of all, and the next loads behind it: ahead of the store they took registers from the loop.
+            # Last of all: ahead of the products it took registers from them.
             other = load_pairs(
                 dq_other + b * dqo_sb + (g * R + r) * dqo_sh, stride_here(dqo_st), first, 0, T, C, D, TILE, True
             )
             d_query = d_query + bf16_of(other, TILE).to(gl.float32)
         store_tile(dq + (b * T * G * R + g * R + r) * D, G * R * D, first, d_query, 0, T, C, D, TILE, True)
-        if LATE:
-            d_out = load_pairs(do + b * do_sb + (g * R + r + 1) * do_sh, do_st, first, 0, upper, C, D, TILE, True)
-            query = load_pairs(
-                q + b * q_sb + (g * R + r + 1) * q_sh, stride_here(q_st), first, 0, upper, C, D, TILE, True
-            )
+        query = load_pairs(q + b * q_sb + (g * R + r + 1) * q_sh, stride_here(q_st), first, 0, upper, C, D, TILE, True)
 
 
 def launch_hopper_output(sizes: Sizes, x: Tensors, states: States, o: Tensor, config: Config) -> Launch:
