@@ -307,8 +307,10 @@ def hopper_dq_kernel(
         d_out = load_pairs(do + b * do_sb + (g * R + r + 1) * do_sh, do_st, first, 0, upper, C, D, TILE, True)
         if any_bad != 0:
             pairs_now, _ = _unpack(packed, C, SCORES, ACC) if PACKED else (pairs, reads)
-            # Nothing of this waits in a register.
-            row, end = (made_here(k_st) >> 4) * 16, made_here(T) - lag
+            row, end = k_st, T - lag
+            if PACKED:
+                # Neither waits in a register.
+                row, end = (made_here(k_st) >> 4) * 16, made_here(T) - lag
             key = load_pairs(k + b * k_sb + g * k_sg, row, first - lag, 0, end, C, D, TILE, True)
             bad_j = gl.convert_layout(is_bad(key), gl.SliceLayout(0, SCORES))
             reads_bad = gl.max((pairs_now & (bad_j != 0)[None, :]).to(gl.int32), 1)
