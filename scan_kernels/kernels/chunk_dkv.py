@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scan_kernels.kernels.chunk_output import query_args
-from scan_kernels.kernels.common import SOFTMAX, feature_map, feature_map_bwd, key_document, load_state
+from scan_kernels.kernels.common import SOFTMAX, feature_map, feature_map_bwd, key_document, load_state, long_product
 from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, strides
 
 
@@ -24,19 +24,6 @@ def _with_other(x, p_other, stride, stride_d, m_key, C: tl.constexpr, WIDTH: tl.
         other = tl.load(p_other + (o_c * stride)[:, None] + o_d[None, :] * stride_d, mask=m_key[:, None], other=0.0)
         x = x.to(tl.float32) + other.to(tl.float32)
     return x
-
-
-@triton.jit
-def _long_product(a, b, sums, PRECISION: tl.constexpr):
-    """sums + a b. fp32 products are made of whole rows of a and columns of b in registers: of 128 or more summands, a
-    quarter by each of four groups of threads."""
-    PART: tl.constexpr = a.shape[1] // 4
-    if a.dtype == tl.float32 and PART > 16:
-        a = tl.permute(tl.reshape(a, (a.shape[0], 4, PART)), (1, 0, 2))
-        b = tl.reshape(b, (4, PART, b.shape[1]))
-        return sums + tl.sum(tl.dot(a, b, input_precision=PRECISION), 0)
-    else:
-        return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
 @triton.jit
@@ -59,6 +46,7 @@ def chunk_dkv_kernel(
     # Whether keys and values are other ones for every head, as far as the compiler knows: it would keep rows of them in
     # registers through the loops.
     ANEW: tl.constexpr = compute != tl.float32 and (D > 128 or (HAS_DECAY and D > 64))
+    PARTS: tl.constexpr = 4 if D > 64 else 1
     o_c, o_d, o_v = tl.arange(0, C), tl.arange(0, D), tl.arange(0, DV)
     o_j = n * C + o_c
     first_key = (n * C - lag).to(tl.int64)
@@ -99,11 +87,11 @@ def chunk_dkv_kernel(
 
     # Values. First what the queries behind the chunk give, through the state; then the chunk's own.
     b_e = load_state(states + o_tile, carry + o_tile, factor, HAS_CARRY, HAS_FACTOR)
-    d_value = _long_product(b_k1, b_e, tl.zeros((C, DV), tl.float32), PRECISION)
+    d_value = long_product(b_k1, b_e, tl.zeros((C, DV), tl.float32), PARTS, PRECISION)
     if PAIRED:
         o_tile2 = D * DV + o_tile
         b_e = load_state(states + o_tile2, carry + o_tile2, factor, HAS_CARRY, HAS_FACTOR)
-        d_value = _long_product(b_k2, b_e, d_value, PRECISION)
+        d_value = long_product(b_k2, b_e, d_value, PARTS, PRECISION)
     if MAP == SOFTMAX:
         p_sums = sums + (bg * N + n) * DV + o_v
         p_carry_sums = carry_sums + (bg * (segments + 1) + segment + 1) * DV + o_v if HAS_CARRY else p_sums

@@ -10,8 +10,55 @@ import triton.language as tl
 from torch import Tensor
 
 from scan_kernels.kernels.chunk_output import query_args
-from scan_kernels.kernels.common import SOFTMAX, feature_map, feature_map_bwd, is_bad, key_document, load_state, row_dot
+from scan_kernels.kernels.common import (
+    SOFTMAX,
+    feature_map,
+    feature_map_bwd,
+    is_bad,
+    key_document,
+    load_state,
+    long_product,
+    row_dot,
+)
 from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, strides
+
+
+@triton.jit
+def _read_by_mean(b_do, older, upto, reads):
+    """do . o of every query by the mean that the states are less: `older`, in front of the chunk."""
+    read = tl.sum(b_do.to(tl.float32) * older[None, :], 1) * upto
+    if reads is not None:
+        read = tl.where(reads, read, 0.0)
+    return read
+
+
+@triton.jit
+def _half_with_start(
+    query, b_do, b_s, b_ds, b_k, p_start, begun, upto, reads,
+    SIGN: tl.constexpr, MAP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx by a half of the features where there are decays and a start state, and do . o of every query by the carried
+    and by the start state. p_start: columns of values first.
+
+    Together they take all registers that there are: the start state's product comes first, when the least is held
+    beside it, and phi is made once, less its mean, for both of the sums and for dx.
+    """
+    PARTS: tl.constexpr = 2 if b_do.shape[1] >= 32 else 1
+    phi = feature_map(query, SIGN, MAP, D)
+    nothing = tl.zeros((b_do.shape[0], D), tl.float32)
+    dphi = begun[:, None] * long_product(b_do, tl.load(p_start), nothing, PARTS, PRECISION)
+    by_start = tl.sum(phi * dphi, 1)
+    carried = upto[:, None] * long_product(b_do, tl.trans(b_s), nothing, PARTS, PRECISION)
+    if reads is not None:
+        carried = tl.where(reads[:, None], carried, 0.0)
+    by_carried = tl.sum(phi * carried, 1)
+    dphi += tl.fma(carried, 1.0, tl.dot(b_ds, b_k, input_precision=PRECISION))
+    if MAP == SOFTMAX:
+        dphi -= tl.sum(tl.fma(phi, dphi, dphi / D), 1)[:, None]
+        dx = tl.fma(phi, dphi, dphi / D) * SIGN
+    else:
+        dx = feature_map_bwd(query, dphi, SIGN, MAP, D)
+    return dx, by_carried, by_start
 
 
 @triton.jit
@@ -31,7 +78,9 @@ def chunk_dq_kernel(
     PAIRED: tl.constexpr = F == 2 * D
     HAS_FACTOR: tl.constexpr = HAS_DECAY or HAS_DOCS
     MEAN: tl.constexpr = F / D / D
+    DECAY_AND_START: tl.constexpr = HAS_DECAY and HAS_START
     compute = states.dtype.element_ty
+    PARTS: tl.constexpr = 2 if DV >= 32 and not HAS_START else 1
     o_c, o_d, o_v = tl.arange(0, C), tl.arange(0, D), tl.arange(0, DV)
 
     # The state before the chunk.
@@ -81,6 +130,8 @@ def chunk_dq_kernel(
         doc_j = key_document(key_doc + b * doc_sb, doc_st, carried, o_j, lag, T)
         pairs = pairs & (doc_i[:, None] == doc_j[None, :])
         reads = doc_i == key_document(key_doc + b * doc_sb, doc_st, carried, n * C - 1, lag, T)
+    else:
+        reads = None
     reads_bad = tl.max((pairs & bad[None, :]).to(tl.int32), 1) != 0
     q += b * q_sb + g * R * q_sh + (n * C).to(tl.int64) * q_st
     do += b * do_sb + g * R * do_sh + (n * C).to(tl.int64) * do_st
@@ -119,36 +170,63 @@ def chunk_dq_kernel(
             if start_log is not None:
                 begun = tl.exp(tl.load(start_log + bg * T + o_i, mask=m_i, other=0.0))
 
-        dphi = tl.dot(b_do, tl.trans(b_s1), input_precision=PRECISION)
-        if HAS_DECAY:
-            dphi *= upto[:, None]
-        if HAS_DOCS:
-            dphi = tl.where(reads[:, None], dphi, 0.0)
-        if HAS_DECAY:
-            read += row_dot(query, dphi, 1.0, MAP, D)
-        dphi = tl.fma(dphi, 1.0, tl.dot(b_ds, b_k1, input_precision=PRECISION))
-        if HAS_START:
-            d_begun = begun[:, None] * tl.dot(b_do, tl.trans(tl.load(p_start)), input_precision=PRECISION)
-            if start_log is not None:
-                read_start = row_dot(query, d_begun, 1.0, MAP, D)
-            dphi += d_begun
-        d_query = feature_map_bwd(query, dphi, 1.0, MAP, D).to(compute)
-        if PAIRED:
-            dphi2 = tl.dot(b_do, tl.trans(b_s2), input_precision=PRECISION)
+        if DECAY_AND_START:
+            if MAP == SOFTMAX:
+                older = MEAN * load_state(p_sums, p_carry_sums, factor, HAS_CARRY, HAS_FACTOR)
+                read += _read_by_mean(b_do, older, upto, reads)
+            read_start = begun * tl.sum(b_do.to(tl.float32) * tl.load(start_sum + x * DV + o_v)[None, :], 1)
+            p_start = start + x * F * DV + o_d[None, :] * DV + o_v[:, None]
+            p_dq = dq + (row + r) * D + (o_row * D)[:, None] + o_d[None, :]
+            d_query, by_carried, by_start = _half_with_start(
+                query, b_do, b_s1, b_ds, b_k1, p_start, begun, upto, reads, 1.0, MAP, D, PRECISION
+            )
+            read += by_carried
+            read_start += by_start
+            d_query = d_query.to(compute)
+            if PAIRED:
+                if D > 64 or compute == tl.float32:
+                    # In registers it would wait as what it is made of, since compilers round it when it is needed.
+                    tl.store(p_dq, d_query.to(dq.dtype.element_ty), mask=m_i[:, None])
+                    tl.debug_barrier()
+                d_query2, by_carried, by_start = _half_with_start(
+                    query, b_do, b_s2, b_ds, b_k2, p_start + D * DV, begun, upto, reads, -1.0, MAP, D, PRECISION
+                )
+                read += by_carried
+                read_start += by_start
+                if D > 64 or compute == tl.float32:
+                    d_query = tl.load(p_dq, mask=m_i[:, None], other=0.0)
+                d_query = d_query.to(tl.float32) + d_query2
+        else:
+            dphi = tl.dot(b_do, tl.trans(b_s1), input_precision=PRECISION)
             if HAS_DECAY:
-                dphi2 *= upto[:, None]
+                dphi *= upto[:, None]
             if HAS_DOCS:
-                dphi2 = tl.where(reads[:, None], dphi2, 0.0)
+                dphi = tl.where(reads[:, None], dphi, 0.0)
             if HAS_DECAY:
-                read += row_dot(query, dphi2, -1.0, MAP, D)
-            dphi2 = tl.fma(dphi2, 1.0, tl.dot(b_ds, b_k2, input_precision=PRECISION))
+                read += row_dot(query, dphi, 1.0, MAP, D)
+            dphi = tl.fma(dphi, 1.0, tl.dot(b_ds, b_k1, input_precision=PRECISION))
             if HAS_START:
-                d_begun = tl.trans(tl.load(p_start + D * DV))
-                d_begun = begun[:, None] * tl.dot(b_do, d_begun, input_precision=PRECISION)
+                d_begun = begun[:, None] * tl.dot(b_do, tl.trans(tl.load(p_start)), input_precision=PRECISION)
                 if start_log is not None:
-                    read_start += row_dot(query, d_begun, -1.0, MAP, D)
-                dphi2 += d_begun
-            d_query = d_query.to(tl.float32) + feature_map_bwd(query, dphi2, -1.0, MAP, D)
+                    read_start = row_dot(query, d_begun, 1.0, MAP, D)
+                dphi += d_begun
+            d_query = feature_map_bwd(query, dphi, 1.0, MAP, D).to(compute)
+            if PAIRED:
+                dphi2 = long_product(b_do, tl.trans(b_s2), tl.zeros((HEADS * C, D), tl.float32), PARTS, PRECISION)
+                if HAS_DECAY:
+                    dphi2 *= upto[:, None]
+                if HAS_DOCS:
+                    dphi2 = tl.where(reads[:, None], dphi2, 0.0)
+                if HAS_DECAY:
+                    read += row_dot(query, dphi2, -1.0, MAP, D)
+                dphi2 = tl.fma(dphi2, 1.0, tl.dot(b_ds, b_k2, input_precision=PRECISION))
+                if HAS_START:
+                    d_begun = tl.trans(tl.load(p_start + D * DV))
+                    d_begun = begun[:, None] * tl.dot(b_do, d_begun, input_precision=PRECISION)
+                    if start_log is not None:
+                        read_start += row_dot(query, d_begun, -1.0, MAP, D)
+                    dphi2 += d_begun
+                d_query = d_query.to(tl.float32) + feature_map_bwd(query, dphi2, -1.0, MAP, D)
         if any_bad != 0:
             d_query = tl.where(reads_bad[:, None], float("nan"), d_query)
         if dq_other is not None:
@@ -165,17 +243,15 @@ def chunk_dq_kernel(
         )
         # do . o, by which a decay between key and query is felt: what the keys gave, and what the start state gave.
         if HAS_DECAY:
-            if MAP == SOFTMAX:
+            if MAP == SOFTMAX and not HAS_START:
                 older = MEAN * load_state(p_sums, p_carry_sums, factor, HAS_CARRY, HAS_FACTOR)
-                constant = tl.sum(b_do.to(tl.float32) * older[None, :], 1) * upto
-                if HAS_DOCS:
-                    constant = tl.where(reads, constant, 0.0)
-                read += constant
+                read += _read_by_mean(b_do, older, upto, reads)
             if any_bad != 0:
                 read = tl.where(reads_bad, float("nan"), read)
             tl.store(d_read + row + r + o_row, read, mask=m_i)
         if HAS_START and start_log is not None:
-            read_start += begun * tl.sum(b_do.to(tl.float32) * tl.load(start_sum + x * DV + o_v)[None, :], 1)
+            if not HAS_DECAY:
+                read_start += begun * tl.sum(b_do.to(tl.float32) * tl.load(start_sum + x * DV + o_v)[None, :], 1)
             tl.store(d_start + row + r + o_row, read_start, mask=m_i)
     if HAS_DECAY:
         tl.store(d_paired + bg * N * C + o_j, paired)

@@ -9,8 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scan_kernels.kernels.common import SOFTMAX, feature_map, is_bad, key_document, load_state
+from scan_kernels.kernels.common import SOFTMAX, feature_map, is_bad, key_document, load_state, long_product
 from scan_kernels.kernels.launch import Config, Launch, Sizes, States, Tensors, precision, strides
+
+
+@triton.jit
+def _share_of_start(begun, p_start_sum, start_log, o_log, m_i):
+    """What a start state gives to a tile of queries, from their products with it."""
+    begun += tl.load(p_start_sum)[None, :]
+    if start_log is not None:
+        begun *= tl.exp(tl.load(start_log + o_log, mask=m_i, other=0.0))[:, None]
+    return begun
 
 
 @triton.jit
@@ -28,6 +37,10 @@ def chunk_output_fwd_kernel(
     PAIRED: tl.constexpr = F == 2 * D
     HAS_FACTOR: tl.constexpr = HAS_DECAY or HAS_DOCS
     MEAN: tl.constexpr = F / D / D  # phi(q) . mean of phi(k)
+    # A start state with a decay or in fp32 takes all registers that there are: its products come first, when the least
+    # is held beside them.
+    START_FIRST: tl.constexpr = HAS_START and (HAS_DECAY or PRECISION == "ieee")
+    PARTS: tl.constexpr = 4 if D > 64 else 1
     compute = states.dtype.element_ty
     o_c, o_d, o_v = tl.arange(0, C), tl.arange(0, D), tl.arange(0, DV)
 
@@ -88,13 +101,23 @@ def chunk_output_fwd_kernel(
     for r in range(0, R, HEADS):
         query = tl.load(q + r * q_sh + o_q, mask=m_i[:, None], other=0.0)
         b_q = feature_map(query, 1.0, MAP, D).to(compute)
+        if START_FIRST:
+            # HEADS is 1: the start state may be another for every query head.
+            x = b * X + (g * R + r) // (G * R // X)
+            p_start = start + x * F * DV + o_tile
+            begun = long_product(b_q, tl.load(p_start), tl.zeros((HEADS * C, DV), tl.float32), PARTS, PRECISION)
+            out = long_product(b_q, b_s1, tl.zeros((HEADS * C, DV), tl.float32), PARTS, PRECISION)
         scores = tl.dot(b_q, tl.trans(b_k1), input_precision=PRECISION)
         if PAIRED:
             b_q2 = feature_map(query, -1.0, MAP, D).to(compute)
+            if START_FIRST:
+                begun = long_product(b_q2, tl.load(p_start + D * DV), begun, PARTS, PRECISION)
+                out = long_product(b_q2, b_s2, out, PARTS, PRECISION)
             scores = tl.dot(b_q2, tl.trans(b_k2), scores, input_precision=PRECISION)
-        out = tl.dot(b_q, b_s1, input_precision=PRECISION)
-        if PAIRED:
-            out = tl.dot(b_q2, b_s2, out, input_precision=PRECISION)
+        if not START_FIRST:
+            out = tl.dot(b_q, b_s1, input_precision=PRECISION)
+            if PAIRED:
+                out = tl.dot(b_q2, b_s2, out, input_precision=PRECISION)
         if MAP == SOFTMAX:
             scores += MEAN
             # Loaded for every tile: a row held through the loop would cost registers.
@@ -105,20 +128,18 @@ def chunk_output_fwd_kernel(
         if HAS_DOCS:
             out = tl.where(reads[:, None], out, 0.0)
         scores = tl.where(pairs, scores, 0.0)
+        if START_FIRST:
+            out += _share_of_start(begun, start_sum + x * DV + o_v, start_log, bg * T + o_i, m_i)
         out = tl.fma(out, 1.0, tl.dot(scores.to(compute), b_v, input_precision=PRECISION))
         if any_bad != 0:
             out = tl.where(reads_bad[:, None], float("nan"), out)
-        if HAS_START:
-            # HEADS is 1: the start state may be another for every query head.
+        if HAS_START and not START_FIRST:
             x = b * X + (g * R + r) // (G * R // X)
             p_start = start + x * F * DV + o_tile
             begun = tl.dot(b_q, tl.load(p_start), input_precision=PRECISION)
             if PAIRED:
                 begun = tl.dot(b_q2, tl.load(p_start + D * DV), begun, input_precision=PRECISION)
-            begun += tl.load(start_sum + x * DV + o_v)[None, :]
-            if start_log is not None:
-                begun *= tl.exp(tl.load(start_log + bg * T + o_i, mask=m_i, other=0.0))[:, None]
-            out += begun
+            out += _share_of_start(begun, start_sum + x * DV + o_v, start_log, bg * T + o_i, m_i)
         tl.store(o + r * DV + o_o, out.to(o.dtype.element_ty), mask=m_i[:, None])
 
 

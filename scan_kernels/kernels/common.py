@@ -76,3 +76,16 @@ def load_state(p_state, p_carry, factor, HAS_CARRY: tl.constexpr, HAS_FACTOR: tl
             carry = scaled(factor, carry)
         state = (state.to(tl.float32) + carry).to(p_state.dtype.element_ty)
     return state
+
+
+@triton.jit
+def long_product(a, b, sums, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + a b. fp32 products are made of whole rows of a and columns of b in registers: here of PARTS of them, each
+    by other threads."""
+    if a.dtype == tl.float32 and PARTS > 1:
+        PART: tl.constexpr = a.shape[1] // PARTS
+        a = tl.permute(tl.reshape(a, (a.shape[0], PARTS, PART)), (1, 0, 2))
+        b = tl.reshape(b, (PARTS, PART, b.shape[1]))
+        return sums + tl.sum(tl.dot(a, b, input_precision=PRECISION), 0)
+    else:
+        return tl.dot(a, b, sums, input_precision=PRECISION)

@@ -41,22 +41,12 @@ REST = [
 ]
 
 
-# A decay and a start state at once: in chunks of 16 rows nothing is spilled, and a forward and backward takes 12.9 ms
-# where this table takes 10.3 (with documents, H100, 32768 tokens).
-DECAY_AND_START = {"chunk_output_fwd": 128, "chunk_dq": 560}
-# fp32: with values in parts of half as many columns nothing is spilled, and a forward and backward takes 80 ms where
-# 46 are enough (H100, 32768 tokens); with all long sums as chunk_dkv._long_product makes them, 43.4 and 40.1 (H200).
-SINGLE = {"chunk_dq": 136}
 # Triton 3.8 gives ptxas the same kernels with other copies and addresses. What was timed is Triton 3.6's.
 HOPPER_38 = {"hopper_output": 48, "hopper_dq": 200, "hopper_dkv": 24}
 
 
 def most_spilled(case: Case, kernel: str) -> int:
-    """Bytes that a thread may store and load beside its registers: 16, but where less was slower or not reached."""
-    if case.variant == "all":
-        return DECAY_AND_START.get(kernel, 16)
-    if case.dtype == "fp32":
-        return SINGLE.get(kernel, 16)
+    """Bytes that a thread may store and load beside its registers: 16, but where less was not reached."""
     if case.D == 128 and TorchVersion(triton.__version__) >= TorchVersion("3.8"):
         return HOPPER_38.get(kernel, 16)
     return 16
