@@ -291,7 +291,7 @@ def compile_one(job: tuple[ScanShape, int, bool]) -> Compiled:
     launch = scan_launches(shape)[number].launch
     try:
         compiled = launch.compile(shape.capability)
-        used = resources(compiled, shape.capability)
+        used = resources(compiled)
         # A kernel in Gluon enters Triton behind TTIR.
         asm = {"gluon" if launch.kernel.is_gluon() else "ttir": compiled.asm.get("ttir", compiled.asm["source"])}
         asm |= {stage: compiled.asm[stage] for stage in ("ttgir", "ptx")}

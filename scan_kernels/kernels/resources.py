@@ -49,27 +49,22 @@ class Resources:
     shared: int  # bytes of a program
 
 
-def _assembler(capability: int) -> str:
-    tools = triton.knobs.nvidia
-    return (tools.ptxas_blackwell if capability >= 100 else tools.ptxas).path
+def resources(compiled: Any) -> Resources:
+    """Of what `Launch.compile` returns, from its binary: with other options than Triton's, ptxas spills otherwise."""
 
+    def dumped(option: str) -> str:
+        command = [triton.knobs.nvidia.cuobjdump.path, option, str(cubin)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-def resources(compiled: Any, capability: int) -> Resources:
-    """Of what `Launch.compile(capability)` returns."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        usage = dumped("--dump-resource-usage")
         registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-        spilled = 0
-        if stack:
-            ptx = Path(folder, "kernel.ptx")
-            ptx.write_text(compiled.asm["ptx"])
-            arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
-            command = [_assembler(capability), "-v", f"--gpu-name={arch}", str(ptx), "-o", str(cubin)]
-            log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-            spilled = sum(int(size) for size in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+        # Stores to and loads from a thread's own memory: of 4 bytes, or of as many bits as they say.
+        accesses = re.findall(r"\b(?:STL|LDL)((?:\.\w+)*)", dumped("--dump-sass")) if stack else []
+    widths = (re.search(r"\.(64|128)", modifiers) for modifiers in accesses)
+    spilled = sum(int(width[1]) // 8 if width else 4 for width in widths)
     return Resources(registers, stack, spilled, compiled.metadata.shared)
 
 
@@ -141,7 +136,7 @@ def _measure(job: tuple[Case, int]) -> tuple[str, Resources | str]:
     case, number = job
     launch = case.launches()[number]
     try:
-        return _name(launch), resources(launch.compile(case.capability), case.capability)
+        return _name(launch), resources(launch.compile(case.capability))
     except Exception as error:
         return _name(launch), f"{type(error).__name__}: {str(error).strip()[:100]}"
 

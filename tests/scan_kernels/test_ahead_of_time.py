@@ -72,7 +72,7 @@ def test_the_sum_of_the_branches_fits():
     forward, _ = branch_sum.branch_sum_fwd(x, x, weight, weight, 1e-8)
     backward, *_ = branch_sum.branch_sum_bwd(x, x, x, weight, weight, 1e-8)
     for launch, capability in itertools.product((forward, backward), SHARED):
-        found = resources(launch.compile(capability), capability)
+        found = resources(launch.compile(capability))
         assert found.spilled == 0
         assert 16 <= found.registers <= 96
         assert found.shared <= SHARED[capability]

@@ -50,7 +50,7 @@ def test_kernels_fit(capability):
         for name, launch in launches(dtype, D, options):
             if not EVERYTHING and capability != 90 and name != "attention ring":
                 continue
-            found = resources(launch.compile(capability), capability)
+            found = resources(launch.compile(capability))
             spills = found.spilled > (0 if D <= 128 else 1200)
             if spills or found.shared > SHARED[capability] or found.registers < 8:
                 unfit.append(f"sm_{capability} {dtype} D={D}: {name} {found}")
