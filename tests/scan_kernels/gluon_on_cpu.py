@@ -20,7 +20,7 @@ from scan_kernels.kernels.launch import Launch
 
 GLUON = "triton.experimental.gluon"
 MODULES = ("hopper_common", "hopper_state", "hopper_query", "hopper_dkv")
-FOLDS = (16, 2, 1)  # distances that halve the columns of a tile of 32 or more words; layouts choose others
+FOLDS = (16, 2, 1)  # distances that halve the columns of a tile; layouts choose others
 
 
 def raw(x: Any) -> Any:
@@ -35,10 +35,13 @@ def tensor(x: Any, dtype: torch.dtype | None = None) -> Tensor:
 class Value:
     """A tensor or a scalar of a kernel."""
 
-    type = types.SimpleNamespace(layout=None)
-
     def __init__(self, x: Any):
         self.x = x if isinstance(x, Tensor) else torch.tensor(x)
+
+    @property
+    def type(self) -> Any:
+        of_a_slice = types.SimpleNamespace(parent=None)
+        return types.SimpleNamespace(layout=types.SimpleNamespace(parent=of_a_slice, columns=self.x.shape[-1]))
 
     @property
     def shape(self) -> list[int]:
@@ -227,6 +230,9 @@ ASSEMBLY: dict[str, Callable] = {
     "xor.b32": lambda a: a ^ -0x7FFF8000,
     "rcp.approx.ftz.f32": torch.reciprocal,
     "lg2.approx.ftz.f32": torch.log2,
+    "and.b32": torch.bitwise_and,
+    "shfl.sync.idx.b32": torch.clone,  # of a number that all threads have
+    "bar.warp.sync": torch.clone,
     "mov.b32": torch.clone,
     "mov.b64": torch.clone,
 }
@@ -279,7 +285,10 @@ class Machine:
             permute=lambda x, order: Value(x.x.permute(order)),
             split=lambda x: (Value(x.x[..., 0]), Value(x.x[..., 1])),
             join=lambda a, b: Value(torch.stack((a.x, b.x), -1)),
+            expand_dims=lambda x, axis: Value(x.x.unsqueeze(axis)),
+            broadcast=lambda *several: tuple(map(Value, torch.broadcast_tensors(*(x.x for x in several)))),
             where=_where,
+            fma=lambda a, b, c: a * b + c,
             maximum=lambda a, b: Value(torch.fmax(*_alike(a, b))),
             minimum=lambda a, b: Value(torch.fmin(*_alike(a, b))),
             max=_largest,
@@ -325,7 +334,7 @@ class Machine:
                 sys.modules[name] = module
                 spec.loader.exec_module(module)
                 if hasattr(module, "columns_of_a_thread"):
-                    module.columns_of_a_thread = lambda layout: FOLDS
+                    module.columns_of_a_thread = lambda layout: [fold for fold in FOLDS if fold < layout.columns]
                 self.kernels |= {key: x for key, x in vars(module).items() if key.endswith("_kernel")}
         finally:
             package.gluon = real  # type: ignore[attr-defined]
