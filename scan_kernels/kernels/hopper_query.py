@@ -138,8 +138,7 @@ def hopper_output_kernel(
     LEFT_SCORES: gl.constexpr = operand_layout(C, WARPS)
     PAIRED: gl.constexpr = F == 2 * D
     MEAN: gl.constexpr = F / D / D
-    # Addresses are made where they are used: registers are short.
-    HERE: gl.constexpr = D > 64 and HAS_DOCS
+    HERE: gl.constexpr = D > 64 and HAS_DOCS  # addresses are made where they are used: registers are short
     bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0) + empty
     b, g = bg // G, bg % G
 
@@ -158,8 +157,8 @@ def hopper_output_kernel(
     # and set those who may read them to NaN below.
     key = load_pairs(k + b * k_sb + g * k_sg, k_st, n * C - lag, 0, T - lag, C, D, TILE)
     value = load_pairs(v + b * v_sb + g * v_sg, v_st, n * C - lag, 0, T - lag, C, D, TILE)
-    p_q = q + (b * q_sb + g * R * q_sh)
-    query = load_pairs(p_q, q_st, n * C, 0, T, C, D, TILE)
+    q += b * q_sb + g * R * q_sh
+    query = load_pairs(q, q_st, n * C, 0, T, C, D, TILE)
     if MAP == _SOFTMAX:
         o_m = gl.arange(0, D, gl.BlockedLayout([1], [32], [WARPS], [0]))
         mean = MEAN * gl.load(sums + (bg * N + n) * D + o_m)
@@ -173,13 +172,13 @@ def hopper_output_kernel(
         query_doc, key_doc, carried_doc, b, n, T, lag, qdoc_sb, qdoc_st, doc_sb, doc_st, C, SCORES, ACC, HAS_DOCS
     )
     packed = _words_of(pairs, C) if HAS_DOCS else pairs
-    p_o = o + (b * T * G * R + g * R) * D
+    o += (b * T * G * R + g * R) * D
     async_copy.wait_group(0)
     fence_async_shared()
     for r in range(0, R):
         # The next head's queries are on their way from here on.
         row, upper = stride_here(q_st) if HERE else q_st, gl.where(r + 1 < R, T, 0)
-        later = load_pairs(p_q + (r + 1) * q_sh, row, n * C, 0, upper, C, D, TILE)
+        later = load_pairs(q + (r + 1) * q_sh, row, n * C, 0, upper, C, D, TILE)
         loads_first()
         b_q1 = gl.convert_layout(rename(feature_map(query, 1.0, MAP, D, TILE).to(gl.bfloat16), C, D), LEFT)
         scores = warpgroup_mma(
@@ -215,7 +214,7 @@ def hopper_output_kernel(
             reads_bad = gl.max((pairs & (bad_j != 0)[None, :]).to(gl.int32), 1)
             reads_bad = gl.convert_layout(reads_bad, gl.SliceLayout(1, TILE))
             out = gl.where((reads_bad != 0)[:, None], float("nan"), out)
-        store_tile(p_o + r * D, G * R * D, made_here(n * C) if HERE else n * C, out, 0, T, C, D, TILE, HERE)
+        store_tile(o + r * D, G * R * D, made_here(n * C) if HERE else n * C, out, 0, T, C, D, TILE, HERE)
 
 
 @gluon.jit

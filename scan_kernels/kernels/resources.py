@@ -51,18 +51,14 @@ class Resources:
 
 def resources(compiled: Any) -> Resources:
     """Of what `Launch.compile` returns, from its binary: with other options than Triton's, ptxas spills otherwise."""
-
-    def dumped(option: str) -> str:
-        command = [triton.knobs.nvidia.cuobjdump.path, option, str(cubin)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = dumped("--dump-resource-usage")
-        registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-        # Stores to and loads from a thread's own memory: of 4 bytes, or of as many bits as they say.
-        accesses = re.findall(r"\b(?:STL|LDL)((?:\.\w+)*)", dumped("--dump-sass")) if stack else []
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    # Stores to and loads from a thread's own memory: of 4 bytes, or of as many bits as they say.
+    accesses = re.findall(r"\b(?:STL|LDL)((?:\.\w+)*)", compiled.asm["sass"]) if stack else []
     widths = (re.search(r"\.(64|128)", modifiers) for modifiers in accesses)
     spilled = sum(int(width[1]) // 8 if width else 4 for width in widths)
     return Resources(registers, stack, spilled, compiled.metadata.shared)

@@ -45,13 +45,15 @@ REST = [
 # Bytes that a thread may store and load beside its registers.
 MOST_SPILLED = 16
 # Triton 3.8 has ptxas allocate registers with less effort than it would (--regAllocOptLevel=2, around a fault of ptxas
-# 13), by which four of sm_100's dq kernels spill 20 to 40; without it, 0 to 8.
-DQ_ON_BLACKWELL = 40
+# 13), by which dq of these widths and variants spills more on sm_100; without it, 0 to 8.
+DQ_ON_BLACKWELL = {(64, "plain"): 20, (128, "documents"): 24, (128, "all"): 32, (256, "documents"): 40}
 
 
 def most_spilled(case: Case, kernel: str) -> int:
     newer = TorchVersion(triton.__version__) >= TorchVersion("3.8")
-    return DQ_ON_BLACKWELL if newer and case.capability == 100 and kernel == "chunk_dq" else MOST_SPILLED
+    if newer and (case.capability, case.dtype, kernel) == (100, "bf16", "chunk_dq"):
+        return DQ_ON_BLACKWELL.get((case.D, case.variant), MOST_SPILLED)
+    return MOST_SPILLED
 
 
 EVERYTHING = os.environ.get("FLEXRATTN_ALL_KERNELS") == "1"
