@@ -183,6 +183,7 @@ class RAttentionTrainer(Trainer):
 
     def __init__(self, config: Config):
         check_before_start(config)
+        check_resumed_model(config)
         super().__init__(config)
         checkpoint = newest_checkpoint(config)
         if checkpoint is not None and isinstance(config.dataloader, TextDataLoader.Config):
@@ -252,7 +253,6 @@ def check_before_start(config: RAttentionTrainer.Config) -> None:
     for layer in model.layers:
         check_backend(layer.attention.inner_attention.kernel_options, torch.device(platform.device_type()))
     check_vocabulary(config.tokenizer.build(tokenizer_path=config.hf_assets_path), model.vocab_size)
-    check_resumed_model(config)
 
 
 def model_fingerprint(config: Any) -> Any:

@@ -10,6 +10,7 @@ import yaml
 from flexrattn.ablate import code
 from flexrattn.ablate.cli import main
 from flexrattn.ablate.study import build_arms, load_study, merge, unflatten
+from flexrattn.decode.checkpoint import CONFIG_FILE
 from tests.flexrattn.ablate.studies import write_study
 
 ROOT = Path(__file__).parents[3]
@@ -149,6 +150,14 @@ def test_an_arm_that_cannot_be_built_is_named_before_any_starts(tmp_path, capsys
     if "tokens (" not in said:
         assert "arm 'bad' cannot be built" in errors[0]
     assert not out.exists()
+
+
+def test_checkpoints_where_its_base_trained_are_in_no_arms_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs/debug/checkpoint/step-1").mkdir(parents=True)
+    (tmp_path / "outputs/debug/checkpoint/step-1/.metadata").touch()
+    (tmp_path / "outputs/debug" / CONFIG_FILE).write_text('{"model_spec": {"model": {"of": "another"}}}')
+    assert build_arms(load_study(write_study(tmp_path)))
 
 
 def test_dry_run_lists_arms_parameters_tokens_and_time(tmp_path, capsys):
