@@ -33,6 +33,13 @@ def _read_by_mean(b_do, older, upto, reads):
 
 
 @triton.jit
+def _reads_bad(pairs, bad_keys, C: tl.constexpr):
+    """The rows that read one of the keys in `bad_keys`, a bit a key."""
+    bad = (bad_keys >> tl.arange(0, C)) & 1
+    return tl.max(tl.where(pairs, bad[None, :].to(tl.int32), 0), 1) != 0
+
+
+@triton.jit
 def _half_with_start(
     query, b_do, b_s, b_ds, b_k, p_start, begun, upto, reads,
     SIGN: tl.constexpr, MAP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
@@ -106,7 +113,9 @@ def chunk_dq_kernel(
     b_v = tl.load(v + (o_c * v_st)[:, None] + o_v[None, :] * v_sd, mask=m_j[:, None], other=0.0).to(compute)
     bad = is_bad(key)
     key = tl.where(bad[:, None], 0.0, key)
-    any_bad = tl.max(bad.to(tl.int32), 0)
+    tl.static_assert(C <= 64, "keys that are not finite are bits of one number")
+    # A bit a key: as booleans they, or who reads them, would wait in registers through the loop.
+    bad_keys = tl.sum(bad.to(tl.int32 if C <= 32 else tl.int64) << o_c, 0)
     b_k1 = feature_map(key, 1.0, MAP, D).to(compute)
     if PAIRED:
         b_k2 = feature_map(key, -1.0, MAP, D).to(compute)
@@ -132,7 +141,6 @@ def chunk_dq_kernel(
         reads = doc_i == key_document(key_doc + b * doc_sb, doc_st, carried, n * C - 1, lag, T)
     else:
         reads = None
-    reads_bad = tl.max((pairs & bad[None, :]).to(tl.int32), 1) != 0
     q += b * q_sb + g * R * q_sh + (n * C).to(tl.int64) * q_st
     do += b * do_sb + g * R * do_sh + (n * C).to(tl.int64) * do_st
     o_q = (o_r // C * q_sh + o_r % C * q_st)[:, None] + o_d[None, :] * q_sd
@@ -144,8 +152,8 @@ def chunk_dq_kernel(
     row = (b * T + n * C) * G * R + g * R
     o_row = o_r % C * G * R + o_r // C
     for r in range(0, R, HEADS):
-        query = tl.load(q + r * q_sh + o_q, mask=m_i[:, None], other=0.0)
-        b_do = tl.load(do + r * do_sh + o_do, mask=m_i[:, None], other=0.0).to(compute)
+        query = tl.load(q + (o_q + r * q_sh), mask=m_i[:, None], other=0.0)
+        b_do = tl.load(do + (o_do + r * do_sh), mask=m_i[:, None], other=0.0).to(compute)
         d_scores = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         if HAS_DECAY:
             d_scores *= weight
@@ -185,9 +193,11 @@ def chunk_dq_kernel(
             d_query = d_query.to(compute)
             if PAIRED:
                 if D > 64 or compute == tl.float32:
-                    # In registers it would wait as what it is made of, since compilers round it when it is needed.
+                    # In registers it would wait as what it is made of, since compilers round it when it is needed;
+                    # the queries are read again.
                     tl.store(p_dq, d_query.to(dq.dtype.element_ty), mask=m_i[:, None])
                     tl.debug_barrier()
+                    query = tl.load(q + (o_q + r * q_sh), mask=m_i[:, None], other=0.0)
                 d_query2, by_carried, by_start = _half_with_start(
                     query, b_do, b_s2, b_ds, b_k2, p_start + D * DV, begun, upto, reads, -1.0, MAP, D, PRECISION
                 )
@@ -212,6 +222,10 @@ def chunk_dq_kernel(
                 dphi += d_begun
             d_query = feature_map_bwd(query, dphi, 1.0, MAP, D).to(compute)
             if PAIRED:
+                if D > 128:
+                    # The queries again, which would wait beside the first half's gradient.
+                    tl.debug_barrier()
+                    query = tl.load(q + (o_q + r * q_sh), mask=m_i[:, None], other=0.0)
                 dphi2 = long_product(b_do, tl.trans(b_s2), tl.zeros((HEADS * C, D), tl.float32), PARTS, PRECISION)
                 if HAS_DECAY:
                     dphi2 *= upto[:, None]
@@ -227,8 +241,8 @@ def chunk_dq_kernel(
                         read_start += row_dot(query, d_begun, -1.0, MAP, D)
                     dphi2 += d_begun
                 d_query = d_query.to(tl.float32) + feature_map_bwd(query, dphi2, -1.0, MAP, D)
-        if any_bad != 0:
-            d_query = tl.where(reads_bad[:, None], float("nan"), d_query)
+        if bad_keys != 0:
+            d_query = tl.where(_reads_bad(pairs, bad_keys, C)[:, None], float("nan"), d_query)
         if dq_other is not None:
             if D > 64:
                 # Computed from r for every row, so that it is computed here and not kept through the loop.
@@ -246,15 +260,15 @@ def chunk_dq_kernel(
             if MAP == SOFTMAX and not HAS_START:
                 older = MEAN * load_state(p_sums, p_carry_sums, factor, HAS_CARRY, HAS_FACTOR)
                 read += _read_by_mean(b_do, older, upto, reads)
-            if any_bad != 0:
-                read = tl.where(reads_bad, float("nan"), read)
+            if bad_keys != 0:
+                read = tl.where(_reads_bad(pairs, bad_keys, C), float("nan"), read)
             tl.store(d_read + row + r + o_row, read, mask=m_i)
         if HAS_START and start_log is not None:
             if not HAS_DECAY:
                 read_start += begun * tl.sum(b_do.to(tl.float32) * tl.load(start_sum + x * DV + o_v)[None, :], 1)
             tl.store(d_start + row + r + o_row, read_start, mask=m_i)
     if HAS_DECAY:
-        tl.store(d_paired + bg * N * C + o_j, paired)
+        tl.store(d_paired + (bg * N + n) * C + o_c, paired)
 
 
 def launch_chunk_dq(
