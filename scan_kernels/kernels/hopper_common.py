@@ -460,6 +460,20 @@ def key_document(p_document, stride, carried_document, row, lag, T):
 
 
 @gluon.jit
+def document_of(p_document, stride, row, T, lag):
+    """Document of the key of each row, of rows in front of all keys the first key's: along the rows it never falls."""
+    key = gl.maximum(gl.minimum(row, T - 1) - lag, 0)
+    return gl.load(p_document + key.to(gl.int64) * stride)
+
+
+@gluon.jit
+def none_reads(query_doc, key_doc, qdoc_st, doc_st, n, T, lag, C: gl.constexpr):
+    """Whether chunk n's queries, and all behind them, are of later documents than its keys, and all before them."""
+    youngest = document_of(key_doc, doc_st, n * C + C - 1, T, lag)
+    return youngest < gl.load(query_doc + (n * C).to(gl.int64) * qdoc_st)
+
+
+@gluon.jit
 def add_carry(state, carry, factor, HAS_CARRY: gl.constexpr, HAS_FACTOR: gl.constexpr):
     """What the segment gathered up to the chunk, and the share of what came before the segment."""
     if HAS_CARRY:

@@ -25,6 +25,7 @@ from scan_kernels.kernels.hopper_common import (
     load_logs,
     load_pairs,
     made_here,
+    none_reads,
     pair_layout,
     rename,
     shared_layout,
@@ -232,9 +233,13 @@ def hopper_dkv_kernel(
     APART: gl.constexpr = STREAMED and ALONE == 0
     bg, n = gl.program_id(1).to(gl.int64), gl.program_id(0)
     b, g = bg // G, bg % G
-    if (n >= N) | (n < empty):
-        # Keys that are younger than any query's residual keys, or rows in front of all keys. (A grid without the latter
-        # takes registers for where it begins.)
+    unread = (n >= N) | (n < empty)
+    if HAS_DOCS:
+        p_query, p_key = query_doc + b * qdoc_sb, key_doc + b * doc_sb
+        unread |= none_reads(p_query, p_key, qdoc_st, doc_st, gl.minimum(n, N - 1), T, lag, C)
+    if unread:
+        # Keys that are younger than any query's residual keys or of older documents, or rows in front of all keys. (A
+        # grid without these takes registers for where it begins.)
         zero = gl.zeros([C, D], gl.float32, WIDE)
         unread_dk = _with_other(zero, dk_other, b, g, dko_sb, dko_sg, dko_st, n * C - lag, M, C, D, WIDE)
         unread_dv = _with_other(zero, dv_other, b, g, dvo_sb, dvo_sg, dvo_st, n * C - lag, M, C, D, WIDE)

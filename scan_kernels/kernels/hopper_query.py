@@ -24,6 +24,7 @@ from scan_kernels.kernels.hopper_common import (
     load_pairs,
     loads_first,
     made_here,
+    none_reads,
     operand_layout,
     pairs_of,
     product_layout,
@@ -125,7 +126,22 @@ def _pairs_of(words, C: gl.constexpr, SCORES: gl.constexpr):
 
 
 @gluon.jit
-def hopper_output_kernel(
+def _write_unread(
+    x, other, other_sb, other_st, other_sh, n, b, T, G, R: gl.constexpr, D: gl.constexpr, C: gl.constexpr
+):  # fmt: skip
+    """The rows of a chunk whose queries read no key: zeros, or what another reader of them gives."""
+    TILE: gl.constexpr = tile_layout(C, D, WARPS)
+    g = gl.program_id(1).to(gl.int64) % G
+    for r in range(0, R):
+        row = gl.zeros([C, D], gl.float32, TILE)
+        if other is not None:
+            row = load_pairs(other + b * other_sb + (g * R + r) * other_sh, other_st, n * C, 0, T, C, D, TILE)
+            row = bf16_of(row, TILE).to(gl.float32)
+        store_tile(x + ((b * T * G + g) * R + r) * D, G * R * D, n * C, row, 0, T, C, D, TILE)
+
+
+@gluon.jit
+def _output_of_chunk(
     q, k, v, o, query_doc, key_doc, carried_doc, states, sums,
     q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, qdoc_sb, qdoc_st, doc_sb, doc_st,
     T, lag, N, G, empty,
@@ -218,7 +234,33 @@ def hopper_output_kernel(
 
 
 @gluon.jit
-def hopper_dq_kernel(
+def hopper_output_kernel(
+    q, k, v, o, query_doc, key_doc, carried_doc, states, sums,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, qdoc_sb, qdoc_st, doc_sb, doc_st,
+    T, lag, N, G, empty,
+    R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr, HAS_DOCS: gl.constexpr,
+):  # fmt: skip
+    if HAS_DOCS:
+        n, b = gl.program_id(0) + empty, gl.program_id(1).to(gl.int64) // G
+        unread = none_reads(query_doc + b * qdoc_sb, key_doc + b * doc_sb, qdoc_st, doc_st, n, T, lag, C)
+        if uniform(unread.to(gl.int32)) != 0:
+            _write_unread(o, None, 0, 0, 0, n, b, T, G, R, D, C)
+        else:
+            _output_of_chunk(
+                q, k, v, o, query_doc, key_doc, carried_doc, states, sums, q_sb, q_st, q_sh, k_sb, k_st, k_sg,
+                v_sb, v_st, v_sg, qdoc_sb, qdoc_st, doc_sb, doc_st, T, lag, N, G, empty, R, D, F, MAP, C,
+                HAS_DOCS,
+            )  # fmt: skip
+    else:
+        _output_of_chunk(
+            q, k, v, o, query_doc, key_doc, carried_doc, states, sums, q_sb, q_st, q_sh, k_sb, k_st, k_sg,
+            v_sb, v_st, v_sg, qdoc_sb, qdoc_st, doc_sb, doc_st, T, lag, N, G, empty, R, D, F, MAP, C,
+            HAS_DOCS,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _dq_of_chunk(
     q, k, v, do, dq, dq_other, query_doc, key_doc, carried_doc, states, logs,
     q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh, dqo_sb, dqo_st, dqo_sh,
     qdoc_sb, qdoc_st, doc_sb, doc_st,
@@ -271,7 +313,8 @@ def hopper_dq_kernel(
         b, g = made_here(small_b).to(gl.int64), made_here(small_g).to(gl.int64)
         first = made_here(n * C)
         b_do = gl.convert_layout(rename(bf16_of(d_out, TILE), C, D), LEFT)
-        logs1, logs2 = load_logs(logs, (b * G + g) * R + r, first + o_c, T, heads, MAP, PAIRED)
+        rows = made_here(T) if PACKED else T
+        logs1, logs2 = load_logs(logs, (b * G + g) * R + r, first + o_c, rows, heads, MAP, PAIRED)
         d_scores = warpgroup_mma(
             b_do, s_v.permute([1, 0]), gl.zeros([C, C], gl.float32, SCORES), use_acc=False, is_async=True
         )
@@ -323,6 +366,33 @@ def hopper_dq_kernel(
             d_query = d_query + bf16_of(other, TILE).to(gl.float32)
         store_tile(dq + (b * T * G * R + g * R + r) * D, G * R * D, first, d_query, 0, T, C, D, TILE, True)
         query = load_pairs(q + b * q_sb + (g * R + r + 1) * q_sh, stride_here(q_st), first, 0, upper, C, D, TILE, True)
+
+
+@gluon.jit
+def hopper_dq_kernel(
+    q, k, v, do, dq, dq_other, query_doc, key_doc, carried_doc, states, logs,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh, dqo_sb, dqo_st, dqo_sh,
+    qdoc_sb, qdoc_st, doc_sb, doc_st,
+    T, lag, N, G, empty,
+    R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr, HAS_DOCS: gl.constexpr,
+):  # fmt: skip
+    if HAS_DOCS:
+        n, b = gl.program_id(0) + empty, gl.program_id(1).to(gl.int64) // G
+        unread = none_reads(query_doc + b * qdoc_sb, key_doc + b * doc_sb, qdoc_st, doc_st, n, T, lag, C)
+        if uniform(unread.to(gl.int32)) != 0:
+            _write_unread(dq, dq_other, dqo_sb, dqo_st, dqo_sh, n, b, T, G, R, D, C)
+        else:
+            _dq_of_chunk(
+                q, k, v, do, dq, dq_other, query_doc, key_doc, carried_doc, states, logs, q_sb, q_st, q_sh,
+                k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh, dqo_sb, dqo_st, dqo_sh, qdoc_sb,
+                qdoc_st, doc_sb, doc_st, T, lag, N, G, empty, R, D, F, MAP, C, HAS_DOCS,
+            )  # fmt: skip
+    else:
+        _dq_of_chunk(
+            q, k, v, do, dq, dq_other, query_doc, key_doc, carried_doc, states, logs, q_sb, q_st, q_sh,
+            k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh, dqo_sb, dqo_st, dqo_sh, qdoc_sb,
+            qdoc_st, doc_sb, doc_st, T, lag, N, G, empty, R, D, F, MAP, C, HAS_DOCS,
+        )  # fmt: skip
 
 
 def launch_hopper_output(sizes: Sizes, x: Tensors, states: States, o: Tensor, config: Config) -> Launch:

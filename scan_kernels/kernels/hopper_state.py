@@ -27,17 +27,22 @@ from scan_kernels.kernels.hopper_common import (
     barrier,
     column_of,
     copy_rows,
+    document_of,
     feature_map_and_logs,
-    key_document,
+    none_reads,
     pair_layout,
     product_layout,
     rename,
     shared_layout,
     tile_layout,
     to_memory,
+    uniform,
     words_of,
 )
 from scan_kernels.kernels.launch import Config, Launch, Sizes, Tensors, strides
+
+# At most, of a segment in which those that no query reads are left out: each is a bit.
+MOST_CHUNKS = gl.constexpr(32)
 
 
 @gluon.constexpr_function
@@ -72,20 +77,47 @@ def _column_sums(tile, C: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constex
 
 
 @gluon.jit
+def _chunks_to_visit(query_doc, key_doc, qdoc_st, doc_st, first, last, T, lag, C: gl.constexpr, WARPS: gl.constexpr):
+    """A bit for each chunk of first ... last but those that `none_reads`, the lowest for the first. There is one at
+    least, so that there is a step."""
+    o_n = gl.arange(0, MOST_CHUNKS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    n = gl.minimum(first + o_n, last)
+    visited = (first + o_n <= last) & (none_reads(query_doc, key_doc, qdoc_st, doc_st, n, T, lag, C) == 0)
+    return uniform(gl.maximum(gl.sum(gl.where(visited, 1 << o_n, 0), 0), 1))
+
+
+@gluon.jit
+def _chunk_and_head(step, begin, step_n, R: gl.constexpr):
+    """Where all chunks are visited, each with all heads."""
+    return begin + step_n * (step // R), step % R
+
+
+@gluon.jit
+def _take(bits, BACKWARD: gl.constexpr):
+    """The number of the lowest bit, BACKWARD of the highest, -1 if there is none, and the other bits."""
+    bit = bits if BACKWARD else bits & -bits
+    number = gl.inline_asm_elementwise("bfind.u32 $0, $1;", "=r,r", [bit], gl.int32, is_pure=True, pack=1)
+    return number, bits & ((1 << gl.maximum(number, 0)) ^ -1)
+
+
+@gluon.jit
 def hopper_state_kernel(
-    x, y, query_doc, key_doc, carried_doc, states, value_sums, factors, totals, total_factors, carry, carry_sums, logs,
+    x, y, query_doc, key_doc, states, value_sums, factors, totals, total_factors, carry, carry_sums, logs,
     x_sb, x_st, x_sh, y_sb, y_st, y_sh, qdoc_sb, qdoc_st, doc_sb, doc_st,
     T, lag, N, G, SEGMENT, empty,
     R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr, BACKWARD: gl.constexpr,
-    HAS_DOCS: gl.constexpr, HAS_CARRY: gl.constexpr, WARPS: gl.constexpr,
+    HAS_DOCS: gl.constexpr, SOME: gl.constexpr, HAS_CARRY: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """x, y: keys and values (R = 1), or, BACKWARD, the group's queries and their gradients."""
+    """x, y: keys and values (R = 1), or, BACKWARD, the group's queries and their gradients. SOME: of chunks of which no
+    query reads a key, nothing is read and nothing written."""
     READ: gl.constexpr = _read_layout(C // 2, D, WARPS)
     WORDS: gl.constexpr = pair_layout(READ)
     OUT: gl.constexpr = tile_layout(D, D, WARPS)
     HALVES: gl.constexpr = F // D
     SUMS: gl.constexpr = MAP == _SOFTMAX
     HERE: gl.constexpr = NEWER and D > 64
+    # Tiles of x and y: the one of this step, and those on their way. A third pays where it takes little room.
+    TILES: gl.constexpr = 3 if D == 64 and not HAS_DOCS else 2
     # Every program sums its share of the values' columns, where that is a tile of its own.
     COLUMNS: gl.constexpr = D // HALVES if D // HALVES >= 64 else D
     segment, half, bg = gl.program_id(0) // HALVES, gl.program_id(0) % HALVES, gl.program_id(1).to(gl.int64)
@@ -97,17 +129,15 @@ def hopper_state_kernel(
     if logs is not None:
         logs += (half * gl.num_programs(1).to(gl.int64) + bg) * R * T
     if HAS_DOCS:
-        if BACKWARD:
-            query_doc += b * qdoc_sb
+        query_doc += b * qdoc_sb
         key_doc += b * doc_sb
-        carried = gl.load(carried_doc + b)
-    s_x = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
-    s_y = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], shared_layout(D))
+    s_x = gl.allocate_shared_memory(gl.bfloat16, [TILES, C, D], shared_layout(D))
+    s_y = gl.allocate_shared_memory(gl.bfloat16, [TILES, C, D], shared_layout(D))
     s_phi = gl.allocate_shared_memory(gl.bfloat16, [C, D], shared_layout(D))
     # 64 columns of a tile lie behind the 64 before them.
     s_columns = s_y
     if COLUMNS != D:
-        s_columns = s_y._reinterpret(gl.bfloat16, [2 * HALVES, C, COLUMNS], shared_layout(COLUMNS))
+        s_columns = s_y._reinterpret(gl.bfloat16, [TILES * HALVES, C, COLUMNS], shared_layout(COLUMNS))
     share_of_columns = half if COLUMNS != D else 0
     writes_sums = (half == 0) | (COLUMNS != D)
 
@@ -120,39 +150,68 @@ def hopper_state_kernel(
     o_sum = share_of_columns * COLUMNS + gl.arange(0, COLUMNS, first_sum.type.layout)
     first = empty + segment * SEGMENT
     last = gl.minimum(first + SEGMENT, N) - 1
+    # The chunks in order, or backwards and in each the group's heads; `following`: the next chunk that is visited.
+    begin, end = (last, first - 1) if BACKWARD else (first, last + 1)
+    step_n = -1 if BACKWARD else 1
+    n, following, rest, chunks = begin, begin + step_n, 0, last - first + 1
+    if SOME:
+        rest = _chunks_to_visit(query_doc, key_doc, qdoc_st, doc_st, first, last, T, lag, C, WARPS)
+        chunks = gl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [rest], gl.int32, is_pure=True, pack=1)
+        number, rest = _take(rest, BACKWARD)
+        n = first + number
+        number, rest = _take(rest, BACKWARD)
+        following = gl.where(number < 0, end, first + number)
+    # The state before a chunk is that of the document of the row in front of it, BACKWARD of the chunk's last row.
+    row_of_state = C - 1 if BACKWARD else -1
+    if HAS_DOCS:
+        first_doc = document_of(key_doc, doc_st, begin * C + row_of_state, T, lag)
+        doc = document_of(key_doc, doc_st, n * C + row_of_state, T, lag)
     if HAS_CARRY:
         border = bg * (segments + 1) + segment
         state = gl.load(carry + border * F * D + o_state).to(gl.float32)
         state = gl.convert_layout(rename(state, D, D), product_layout(D, WARPS))
         if SUMS:
             first_sum = gl.load(carry_sums + border * D + o_sum)
+        if SOME:
+            state = gl.where(first_doc == doc, state, 0.0)
+            first_sum = gl.where(first_doc == doc, first_sum, 0.0)
 
     # A segment has a chunk: a way around the loop would make the compiler wait for each product where it begins.
-    steps = gl.maximum((last - first + 1) * R, 1)
+    steps = gl.maximum(chunks * R, 1)
     o_c = gl.arange(0, C // 2, gl.SliceLayout(1, READ))
     # Row i of a chunk is key i - lag, or query i.
     shift = 0 if BACKWARD else lag
-    n = last if BACKWARD else first
-    copy_rows(s_x.index(0), x, x_st, n * C - shift, 0, T - shift, C, D, WARPS)
-    copy_rows(s_y.index(0), y, y_st, n * C - shift, 0, T - shift, C, D, WARPS)
-    async_copy.commit_group()
-    share = 1.0
-    # The chunks in order, or backwards and in each the group's heads. A step's features are made while the tensor cores
-    # still multiply the step before.
+    for i in gl.static_range(TILES - 1):
+        n_then, r_then = n, 0
+        if i > 0:
+            n_then, r_then = _chunk_and_head(i, begin, step_n, R)
+        upper = gl.where(i < steps, T - shift, 0)
+        copy_rows(s_x.index(i), x + r_then * x_sh, x_st, n_then * C - shift, 0, upper, C, D, WARPS)
+        copy_rows(s_y.index(i), y + r_then * y_sh, y_st, n_then * C - shift, 0, upper, C, D, WARPS)
+        async_copy.commit_group()
+    # A step's features are made while the tensor cores still multiply the step before.
     product = warpgroup_mma_init(state)
     for step in range(0, steps):
-        if BACKWARD:
-            n, r = last - step // R, step % R
-            n_next, r_next = last - (step + 1) // R, (step + 1) % R
+        # The chunk and head of this step, and of the one whose rows are asked for.
+        if HAS_DOCS:
+            r = step % R
+            goes_on = r + 1 < R
+            n_then, r_then = gl.where(goes_on, n, following), gl.where(goes_on, r + 1, 0)
         else:
-            n, r = first + step, 0
-            n_next, r_next = n + 1, 0
-        buffer = step % 2
-        # The last round copies nothing: its bounds are empty.
-        upper = gl.where(step + 1 < steps, T - shift, 0)
-        async_copy.wait_group(0)
-        copy_rows(s_x.index(1 - buffer), x + r_next * x_sh, x_st, n_next * C - shift, 0, upper, C, D, WARPS, HERE)
-        rows = words_of(s_x.index(buffer), C, D)
+            n, r = _chunk_and_head(step, begin, step_n, R)
+            n_then, r_then = _chunk_and_head(step + TILES - 1, begin, step_n, R)
+        tile, tile_then = step % TILES, (step + TILES - 1) % TILES
+        # The last rounds copy nothing: their bounds are empty.
+        upper = gl.where(step + TILES - 1 < steps, T - shift, 0)
+        async_copy.wait_group(TILES - 2)
+        copy_rows(s_x.index(tile_then), x + r_then * x_sh, x_st, n_then * C - shift, 0, upper, C, D, WARPS, HERE)
+        if HAS_DOCS:
+            # Behind this chunk the state is the next one's, and of its document. Ids never fall: all rows are of that
+            # document if the first one (of queries the last one) is.
+            next_doc = document_of(key_doc, doc_st, following * C + row_of_state, T, lag)
+            p_last = query_doc + gl.minimum(n * C + C - 1, T - 1).to(gl.int64) * qdoc_st
+            own_doc = gl.load(p_last) if BACKWARD else doc
+        rows = words_of(s_x.index(tile), C, D)
         phi1, logs1 = feature_map_and_logs(rows.slice(0, C // 2, dim=0).load(WORDS) ^ signs, 1.0, MAP, D, READ)
         phi1 = phi1.to(gl.bfloat16)
         phi2, logs2 = feature_map_and_logs(rows.slice(C // 2, C // 2, dim=0).load(WORDS) ^ signs, 1.0, MAP, D, READ)
@@ -160,28 +219,28 @@ def hopper_state_kernel(
         state = warpgroup_mma_wait(0, deps=[product])
         # A warpgroup has waited for its own product; the other's reads the same rows.
         barrier()
-        copy_rows(s_y.index(1 - buffer), y + r_next * y_sh, y_st, n_next * C - shift, 0, upper, C, D, WARPS, HERE)
+        copy_rows(s_y.index(tile_then), y + r_then * y_sh, y_st, n_then * C - shift, 0, upper, C, D, WARPS, HERE)
         async_copy.commit_group()
         if logs is not None:
             t_row = n * C + o_c
             gl.store(logs + r * T + t_row, logs1, mask=t_row < T)
             gl.store(logs + r * T + t_row + C // 2, logs2, mask=t_row + C // 2 < T)
-        if HAS_DOCS:
-            before = key_document(key_doc, doc_st, carried, n * C - 1, lag, T)
-            behind = key_document(key_doc, doc_st, carried, n * C + C - 1, lag, T)
-            # Another document's NaN must not pass: its rows leave both factors of the product.
-            for i in gl.static_range(2):
-                o_i = n * C + i * C // 2 + o_c
-                if BACKWARD:
-                    counts = gl.load(query_doc + o_i.to(gl.int64) * qdoc_st, mask=o_i < T, other=0) == before
-                else:
-                    counts = key_document(key_doc, doc_st, carried, o_i, lag, T) == behind
-                if i == 0:
-                    phi1 = gl.where(counts[:, None], phi1, 0.0).to(gl.bfloat16)
-                else:
-                    phi2 = gl.where(counts[:, None], phi2, 0.0).to(gl.bfloat16)
-                part = s_y.index(buffer).slice(i * C // 2, C // 2, dim=0)
-                part.store(gl.where(counts[:, None], part.load(READ), 0.0))
+        if HAS_DOCS:  # noqa: SIM102  (one is known to the compiler)
+            if uniform((own_doc != next_doc).to(gl.int32)) != 0:
+                # Another document's NaN must not pass: its rows leave both factors of the product.
+                for i in gl.static_range(2):
+                    o_i = n * C + i * C // 2 + o_c
+                    if BACKWARD:
+                        own = gl.load(query_doc + gl.minimum(o_i, T - 1).to(gl.int64) * qdoc_st)
+                    else:
+                        own = document_of(key_doc, doc_st, o_i, T, lag)
+                    counts = own == next_doc
+                    if i == 0:
+                        phi1 = gl.where(counts[:, None], phi1, 0.0).to(gl.bfloat16)
+                    else:
+                        phi2 = gl.where(counts[:, None], phi2, 0.0).to(gl.bfloat16)
+                    part = s_y.index(tile).slice(i * C // 2, C // 2, dim=0)
+                    part.store(gl.where(counts[:, None], part.load(READ), 0.0))
         s_phi.slice(0, C // 2, dim=0).store(phi1)
         s_phi.slice(C // 2, C // 2, dim=0).store(phi2)
         fence_async_shared()
@@ -197,23 +256,32 @@ def hopper_state_kernel(
                 p_sums = value_sums + (bg * N + n) * D + o_sum
                 gl.store(p_sums, first_sum + gl.sum(sums, 0), mask=(o_sum >= 0) & (begins & writes_sums))
             if factors is not None:
+                share = gl.where(first_doc == doc, 1.0, 0.0)
                 gl.store(factors + bg * N + n, share, mask=begins & (half == 0))
         if HAS_DOCS:
-            factor = gl.where(begins & (before != behind), 0.0, 1.0)
-            state = gl.where(factor == 0, 0.0, state)
-            sums = gl.where(factor == 0, 0.0, sums)
-            first_sum = gl.where(factor == 0, 0.0, first_sum)
-            share = share * factor
-        product = warpgroup_mma(s_phi.permute([1, 0]), s_y.index(buffer), state, is_async=True)
+            keeps = (doc == next_doc) | (r != 0)
+            state = gl.where(keeps, state, 0.0)
+            sums = gl.where(keeps, sums, 0.0)
+            first_sum = gl.where(keeps, first_sum, 0.0)
+            doc = gl.where(goes_on, doc, next_doc)
+        product = warpgroup_mma(s_phi.permute([1, 0]), s_y.index(tile), state, is_async=True)
         if SUMS:
-            sums += _column_sums(s_columns.index(D // COLUMNS * buffer + share_of_columns), C, COLUMNS, WARPS)
+            sums += _column_sums(s_columns.index(D // COLUMNS * tile + share_of_columns), C, COLUMNS, WARPS)
+        if HAS_DOCS:
+            n = n_then
+            if SOME:
+                number, others = _take(rest, BACKWARD)
+                rest = gl.where(goes_on, rest, others)
+                following = gl.where(goes_on, following, gl.where(number < 0, end, first + number))
+            else:
+                following = gl.where(goes_on, following, following + step_n)
     state = warpgroup_mma_wait(0, deps=[product])
     if totals is not None:
         p_total = totals + (bg * segments + segment) * (F + 1) * D
         gl.store(p_total + o_state, to_memory(state, D, D, OUT))
         gl.store(p_total + F * D + o_sum, first_sum + gl.sum(sums, 0), mask=(o_sum >= 0) & writes_sums)
         if HAS_DOCS and half == 0:
-            gl.store(total_factors + bg * segments + segment, share)
+            gl.store(total_factors + bg * segments + segment, gl.where(first_doc == doc, 1.0, 0.0))
 
 
 def reorder_state(state: Tensor, D: int) -> Tensor:
@@ -244,8 +312,8 @@ def launch_hopper_state_bwd(sizes: Sizes, x: Tensors, do: Tensor, config: Config
     which the later stages map them without going over their rows.
     """
     args = _arguments(sizes, x) | _borders(sizes, x) | _totals(sizes, x)
-    args |= {"x": x.q, "y": do, "query_doc": x.query_doc, "R": sizes.R, "BACKWARD": True}
-    args |= {**_strides(x.q, "x"), **_strides(do, "y"), **strides(x.query_doc, "qdoc_sb qdoc_st")}
+    args |= {"x": x.q, "y": do, "R": sizes.R, "BACKWARD": True}
+    args |= {**_strides(x.q, "x"), **_strides(do, "y")}
     if sizes.feature_map == _SOFTMAX.value:
         args["logs"] = x.q.new_empty(sizes.halves, sizes.B, sizes.H, sizes.T, dtype=torch.float32)
     if x.key_doc is not None:
@@ -258,16 +326,16 @@ def _strides(x: Tensor, name: str) -> dict[str, int]:
 
 
 def _keys(sizes: Sizes, x: Tensors) -> dict:
-    return {"x": x.k, "y": x.v, "query_doc": None, "R": 1, "BACKWARD": False} | _strides(x.k, "x") | _strides(x.v, "y")
+    return {"x": x.k, "y": x.v, "R": 1, "BACKWARD": False} | _strides(x.k, "x") | _strides(x.v, "y")
 
 
 def _arguments(sizes: Sizes, x: Tensors) -> dict:
     names = ("states", "value_sums", "factors", "totals", "total_factors", "carry", "carry_sums", "logs")
     return {
         **dict.fromkeys(names),
+        "query_doc": x.query_doc,
         "key_doc": x.key_doc,
-        "carried_doc": x.carried_doc,
-        **strides(None, "qdoc_sb qdoc_st"),
+        **strides(x.query_doc, "qdoc_sb qdoc_st"),
         **strides(x.key_doc, "doc_sb doc_st"),
         "T": sizes.T,
         "lag": sizes.lag,
@@ -280,6 +348,7 @@ def _arguments(sizes: Sizes, x: Tensors) -> dict:
         "MAP": sizes.feature_map,
         "C": sizes.chunk,
         "HAS_DOCS": x.key_doc is not None,
+        "SOME": x.key_doc is not None and sizes.segment < MOST_CHUNKS.value,
         "HAS_CARRY": False,
         "WARPS": _warps(sizes),
     }

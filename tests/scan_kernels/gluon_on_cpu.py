@@ -231,6 +231,8 @@ ASSEMBLY: dict[str, Callable] = {
     "rcp.approx.ftz.f32": torch.reciprocal,
     "lg2.approx.ftz.f32": torch.log2,
     "and.b32": torch.bitwise_and,
+    "bfind.u32": lambda a: torch.tensor((int(a) & 0xFFFFFFFF).bit_length() - 1, dtype=torch.int32),
+    "popc.b32": lambda a: torch.tensor((int(a) & 0xFFFFFFFF).bit_count(), dtype=torch.int32),
     "shfl.sync.idx.b32": torch.clone,  # of a number that all threads have
     "bar.warp.sync": torch.clone,
     "mov.b32": torch.clone,
