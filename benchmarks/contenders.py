@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from flexrattn.packing import document_ids_from_positions
 from scan_kernels import (
     apply_feature_map,
     residual_linear_attention,
     residual_linear_attention_quadratic,
     residual_shift,
 )
-from score_mods import build_block_mask, causal, dense_mask, reference_attention, sliding_window
+from score_mods import MaskMod, build_block_mask, causal, dense_mask, in_documents, reference_attention, sliding_window
 
 CUDNN_OP = "aten::_scaled_dot_product_cudnn_attention"
 FLASH_OP = "aten::_scaled_dot_product_flash_attention"
@@ -107,12 +108,15 @@ def compiled(fn: Callable[..., Any], device: torch.device) -> Callable[..., Any]
     return torch.compile(own, fullgraph=True, dynamic=False)
 
 
-def softmax_reference(window: int | None) -> Callable[..., Tensor]:
-    """Dense float64 softmax attention over the window, or over all previous keys."""
+def softmax_reference(window: int | None, positions: Tensor | None = None) -> Callable[..., Tensor]:
+    """Dense float64 softmax attention over the window, or over all previous keys, in the documents of `positions`."""
     mask_mod = causal() if window is None else sliding_window(window)
+    if positions is not None:
+        mask_mod = _packed_mask(positions, mask_mod)
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = dense_mask(mask_mod, q_len=q.shape[1], kv_len=k.shape[1], device=q.device)
+        batch = None if positions is None else q.shape[0]
+        mask = dense_mask(mask_mod, batch=batch, q_len=q.shape[1], kv_len=k.shape[1], device=q.device)
         return reference_attention(q, k, v, mask)
 
     return reference
@@ -145,21 +149,47 @@ def _flex(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, mask: BlockMask) -> Te
     return o.transpose(1, 2)
 
 
-def flex_contender() -> Contender:
-    """FlexAttention over all previous keys, compiled as its documentation says, with static shapes."""
+def packed_positions(shape: Shape, length: int, device: torch.device) -> Tensor:
+    """(B, T): how far each token is into its document. Rows are packed with documents of 1 to 2 length - 1 tokens, all
+    equally likely, behind a first one of window + 65, whose residual keys the gate looks for; the last one is cut.
+    """
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.empty(shape.B, shape.T, dtype=torch.int64)
+    for row in positions:
+        begin = 0
+        while begin < shape.T:
+            drawn = int(torch.randint(1, 2 * length, (), generator=generator))
+            tokens = shape.window + 65 if begin == 0 else drawn
+            row[begin : begin + tokens] = torch.arange(min(tokens, shape.T - begin))
+            begin += tokens
+    return positions.to(device)
+
+
+def _packed_mask(positions: Tensor, mask_mod: MaskMod) -> MaskMod:
+    return in_documents(mask_mod, document_ids=document_ids_from_positions(positions), positions=positions)
+
+
+def flex_contender(packed: int | None = None) -> Contender:
+    """FlexAttention over all previous keys, compiled as its documentation says, with static shapes. packed: see
+    `packed_positions`."""
 
     def prepare(shape: Shape, device: torch.device) -> Prepared:
         if device.type == "cpu":
             raise Unavailable("FlexAttention has no backward on the CPU")
-        mask = build_block_mask(causal(), q_len=shape.T, kv_len=shape.T, device=device)
+        positions = None if packed is None else packed_positions(shape, packed, device)
+        mask_mod = causal() if positions is None else _packed_mask(positions, causal())
+        batch = None if positions is None else shape.B
+        mask = build_block_mask(mask_mod, batch=batch, q_len=shape.T, kv_len=shape.T, device=device)
         attend = compiled(_flex, device)
 
         def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attend(q, k, v, mask)
 
-        return Prepared(forward=forward, reference=softmax_reference(None))
+        return Prepared(forward=forward, reference=softmax_reference(None, positions))
 
-    return Contender(name="Flex full", prepare=prepare, baseline=True)
+    return Contender(
+        name="Flex full" if packed is None else "Flex full packed", prepare=prepare, baseline=packed is None
+    )
 
 
 def full_attention() -> list[Contender]:
@@ -171,25 +201,35 @@ def full_attention() -> list[Contender]:
     ]
 
 
-def linear_reference(window: int) -> Callable[..., Tensor]:
+def linear_reference(window: int, positions: Tensor | None = None) -> Callable[..., Tensor]:
     """The linear branch by its pairs in float64: no chunks, no states, nothing of the kernels."""
+    ids = None if positions is None else document_ids_from_positions(positions)
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return residual_linear_attention_quadratic(q, k, v, window=window)
+        return residual_linear_attention_quadratic(q, k, v, window=window, document_ids=ids)
 
     return reference
 
 
 def scan_contender(
-    name: str, window: int, *, impl: str, compile: bool = False, save_every: int | None = None
+    name: str,
+    window: int,
+    *,
+    impl: str,
+    compile: bool = False,
+    save_every: int | None = None,
+    packed: int | None = None,
 ) -> Contender:
     def prepare(shape: Shape, device: torch.device) -> Prepared:
+        positions = None if packed is None else packed_positions(shape, packed, device)
+        ids = None if positions is None else document_ids_from_positions(positions)
+
         def scan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return residual_linear_attention(q, k, v, window=window, impl=impl, save_every=save_every)
+            return residual_linear_attention(q, k, v, window=window, document_ids=ids, impl=impl, save_every=save_every)
 
         return Prepared(
             forward=compiled(scan, device) if compile else scan,
-            reference=linear_reference(window),
+            reference=linear_reference(window, positions),
         )
 
     return Contender(name=name, prepare=prepare, ours=True, window=window)
@@ -236,11 +276,17 @@ def fla_contender(window: int) -> Contender:
     return Contender(name="fla composition", prepare=prepare, window=window, slack=10)
 
 
-def rla(window: int, *, with_torch: bool, save_every: Sequence[int] = ()) -> list[Contender]:
+def rla(window: int, *, with_torch: bool, save_every: Sequence[int] = (), packed: int | None = None) -> list[Contender]:
     """The linear branch: full attention for scale, flash-linear-attention's scan, and ours.
 
-    save_every: ours once more for each m, with the states before every m-th chunk kept.
+    save_every: ours once more for each m, with the states before every m-th chunk kept. packed: ours and FlexAttention
+    once more, for documents of this length (`packed_positions`).
     """
+    documents = (
+        []
+        if packed is None
+        else [flex_contender(packed), scan_contender("rla triton packed", window, impl="triton", packed=packed)]
+    )
     return [
         *full_attention(),
         fla_contender(window),
@@ -248,4 +294,5 @@ def rla(window: int, *, with_torch: bool, save_every: Sequence[int] = ()) -> lis
         scan_contender("rla triton compiled", window, impl="triton", compile=True),
         *(scan_contender(f"rla triton m={m}", window, impl="triton", save_every=m) for m in save_every),
         *([scan_contender("rla torch", window, impl="torch")] if with_torch else []),
+        *documents,
     ]

@@ -20,8 +20,10 @@ from benchmarks.contenders import (
     Shape,
     Unavailable,
     compiled,
+    flex_contender,
     full_attention,
     linear_reference,
+    packed_positions,
     sdpa,
     softmax_reference,
 )
@@ -81,8 +83,18 @@ def window_contender(name: str, window: int, *, backend: str = "triton", own_win
     return Contender(name=name, prepare=prepare, ours=backend == "triton", window=window)
 
 
-def rattention(window: int) -> list[Contender]:
-    """A local layer between its projections, without and with the document ids that training always passes."""
+def rattention(window: int, packed: int | None = None) -> list[Contender]:
+    """A local layer between its projections, without and with the document ids that training always passes. packed: it
+    and FlexAttention also with documents of this length (`packed_positions`)."""
+    documents = (
+        []
+        if packed is None
+        else [
+            flex_contender(packed),
+            core_contender("rattention core packed", window, documents=True, packed=packed),
+            core_contender("rattention core packed flash", window, documents=True, packed=packed, backend="flash"),
+        ]
+    )
     return [
         *full_attention(),
         core_contender("rattention core", window, documents=False),
@@ -90,17 +102,24 @@ def rattention(window: int) -> list[Contender]:
         core_contender("rattention core flash", window, documents=False, backend="flash"),
         core_contender("rattention core Flex flash", window, documents=False, backend="flash", own_window=False),
         core_contender("rattention core documents flash", window, documents=True, backend="flash"),
+        *documents,
     ]
 
 
 def core_contender(
-    name: str, window: int, *, documents: bool, backend: str = "triton", own_window: bool = True
+    name: str,
+    window: int,
+    *,
+    documents: bool,
+    backend: str = "triton",
+    own_window: bool = True,
+    packed: int | None = None,
 ) -> Contender:
     """RMSNorm(softmax branch) + RMSNorm(linear branch) from q, k, v, by the layer's own modules, compiled.
 
     RoPE and the projections are left out: a layer of full attention has them, too. `documents` passes positions, of
-    one document a row: nothing else is computed, but masks and states are looked up by document. own_window: what
-    backend "flash" does of rows that are known to be one document each.
+    one document a row unless `packed`: nothing else is computed, but masks and states are looked up by document.
+    own_window: what backend "flash" does of rows that are known to be one document each.
     """
 
     def prepare(shape: Shape, device: torch.device) -> Prepared:
@@ -108,6 +127,8 @@ def core_contender(
         model, attention = _local_layer(shape, window, device, backend)
         attention.rope = None
         positions = torch.arange(shape.T, device=device).expand(shape.B, shape.T) if documents else None
+        if packed is not None:
+            positions = packed_positions(shape, packed, device)
         if positions is not None:
             mask = model.get_attention_masks(positions)[attention.mask]
         else:
@@ -123,7 +144,8 @@ def core_contender(
         def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return run(q, k, v, mask, positions)
 
-        return Prepared(forward=forward, reference=_core_reference(window), parameters=weights)
+        reference = _core_reference(window, None if packed is None else positions)
+        return Prepared(forward=forward, reference=reference, parameters=weights)
 
     return Contender(name=name, prepare=prepare, ours=backend == "triton", window=window)
 
@@ -150,8 +172,8 @@ def _cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _core_reference(window: int) -> Callable[..., Tensor]:
-    softmax, linear = softmax_reference(window), linear_reference(window)
+def _core_reference(window: int, positions: Tensor | None) -> Callable[..., Tensor]:
+    softmax, linear = softmax_reference(window, positions), linear_reference(window, positions)
 
     def reference(q: Tensor, k: Tensor, v: Tensor, swa_weight: Tensor, rla_weight: Tensor) -> Tensor:
         return _norm(softmax(q, k, v), swa_weight) + _norm(linear(q, k, v), rla_weight)

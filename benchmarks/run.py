@@ -92,6 +92,8 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "rla":
             add("--with-torch-scan", action="store_true", help='also impl="torch", which is slow')
             add("--save-every", type=int, nargs="+", default=[], metavar="M", help="also with these states kept")
+        if name in ("rla", "rattention"):
+            add("--packed", type=int, metavar="TOKENS", help="also rows of documents of this length on average")
         add("--only", nargs="+", metavar="NAME", help="contenders by their names or beginnings of them")
         _add_common(add)
     about = "whole steps of decoding"
@@ -140,17 +142,20 @@ def make_plan(options: argparse.Namespace) -> Plan:
             raise BadOptions(f"each length must divide --tokens {options.tokens}, got {T}")
         if options.command != "swa" and options.window >= T - 1:
             raise BadOptions(f"--window must leave keys to the linear branch, got {options.window} with length {T}")
+    packed = getattr(options, "packed", None)
+    if packed is not None and packed < 1:
+        raise BadOptions(f"--packed must be 1 or more (tokens of a document), got {packed}")
     inputs_of: InputsOf = attention_inputs
     if options.command == "rla":
         kept = list(dict.fromkeys(options.save_every))
         if min(kept, default=0) < 0:
             raise BadOptions(f"--save-every must be 0 (none) or more (chunks), got {min(kept)}")
-        contenders = rla(options.window, with_torch=options.with_torch_scan, save_every=kept)
+        contenders = rla(options.window, with_torch=options.with_torch_scan, save_every=kept, packed=packed)
         inputs_of = partial(attention_inputs, v_mean=0.3)
     elif options.command == "swa":
         contenders = layers.swa(windows)
     elif options.command == "rattention":
-        contenders = layers.rattention(options.window)
+        contenders = layers.rattention(options.window, packed)
     else:
         contenders = layers.train_step(options.flavor, options.window)
         inputs_of = partial(layers.block_inputs, dim=FLAVORS[options.flavor].dim)

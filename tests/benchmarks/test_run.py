@@ -105,6 +105,7 @@ def timed(*given: Contender, rounds: int = 3, shapes: Sequence[Shape] = (SHAPE,)
         ("swa --window 512x", "invalid"),
         ("rattention --only cuDNN core", "--only must be among cuDNN full, FA2 full, Flex full, rattention core, "),
         ("rla --save-every 4 -1", "--save-every must be 0 (none) or more (chunks), got -1"),
+        ("rattention --packed 0", "--packed must be 1 or more (tokens of a document), got 0"),
     ],
 )
 def test_bad_options_are_one_line(arguments, said, capsys):
@@ -164,6 +165,49 @@ def test_kept_states_are_contenders(monkeypatch):
         if " m=" in each.name:
             each.prepare(SHAPE, CPU).forward(*[torch.empty(0)] * 3)
     assert [options["save_every"] for options in given] == [0, 4]
+
+
+def test_rows_packed_with_documents():
+    """Every document begins at 0; a row's first has residual keys, the others are as long as asked for."""
+    shape = replace(SHAPE, B=4, T=20_000)
+    positions = contenders.packed_positions(shape, 50, CPU)
+    assert positions.shape == (4, 20_000)
+    for row in positions:
+        begins = (row == 0).nonzero()[:, 0]
+        lengths = begins.diff()
+        assert begins[0] == 0
+        assert lengths[0] == WINDOW + 65
+        assert 1 <= lengths[1:].min() < lengths[1:].max() <= 99
+        assert 45 < lengths[1:].double().mean() < 55
+        begin_of_each = begins[torch.bucketize(torch.arange(len(row)), begins, right=True) - 1]
+        assert torch.equal(row, torch.arange(len(row)) - begin_of_each)
+    assert torch.equal(positions, contenders.packed_positions(shape, 50, CPU))
+
+
+@pytest.mark.parametrize("name", ["rla", "core"])
+def test_packed_contenders_compute_their_law(name):
+    """By documents, which the law of one document a row is not."""
+    each = (
+        contenders.scan_contender("rla", WINDOW, impl="torch", packed=30)
+        if name == "rla"
+        else layers.core_contender("core", WINDOW, documents=True, packed=30)
+    )
+    shape = replace(SHAPE, dtype=torch.float32)
+    assert gate.verify(each, shape, linear_inputs, CPU, 0).passed
+    whole = contenders.linear_reference(WINDOW) if name == "rla" else layers._core_reference(WINDOW, None)
+
+    def wrong(shape: Shape, device: torch.device) -> Prepared:
+        return replace(each.prepare(shape, device), reference=whole)
+
+    assert not gate.verify(replace(each, prepare=wrong), shape, linear_inputs, CPU, 0).passed
+
+
+def test_packed_rows_are_contenders():
+    plan = run.make_plan(run.make_parser().parse_args(["rattention", "--packed", "1000"]))
+    names = [each.name for each in plan.contenders if "packed" in each.name]
+    assert names == ["Flex full packed", "rattention core packed", "rattention core packed flash"]
+    assert not any(each.baseline for each in plan.contenders if "packed" in each.name)
+    assert "packed" not in str(run.make_plan(run.make_parser().parse_args(["rla"])).contenders)
 
 
 def test_the_command_from_end_to_end(tmp_path, capsys, monkeypatch):
