@@ -221,6 +221,16 @@ def test_kept_states(save_every, decay, documents):
     check(make(4097, decay=decay), 1e-2, window=60, document_ids=ids, save_every=save_every)
 
 
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("save_every", [0, 1, 4, 16])
+@pytest.mark.parametrize("longest", [300, 1500])
+def test_documents_that_are_hardly_read(D, save_every, longest):
+    """Of most chunks no query reads a key. What is not computed is not read: it is NaN here."""
+    inputs, ids = make(4097, B=2, D=D), document_ids([random_lengths(4097, seed, longest) for seed in (3, 4)]).cuda()
+    torch.full((2**28,), torch.nan, device="cuda")  # what the next tensors lie in
+    check(inputs, 1e-2, window=200, document_ids=ids, save_every=save_every)
+
+
 def test_auto_takes_triton():
     inputs = make(200)
     assert torch.equal(residual_linear_attention(**inputs, window=5), fused(**inputs, window=5))
