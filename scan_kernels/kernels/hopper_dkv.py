@@ -235,8 +235,8 @@ def hopper_dkv_kernel(
     b, g = bg // G, bg % G
     unread = (n >= N) | (n < empty)
     if HAS_DOCS:
-        p_query, p_key = query_doc + b * qdoc_sb, key_doc + b * doc_sb
-        unread |= none_reads(p_query, p_key, qdoc_st, doc_st, gl.minimum(n, N - 1), T, lag, C)
+        documents, key_documents = query_doc + b * qdoc_sb, key_doc + b * doc_sb
+        unread |= none_reads(documents, key_documents, qdoc_st, doc_st, gl.minimum(n, N - 1), T, lag, C)
     if unread:
         # Keys that are younger than any query's residual keys or of older documents, or rows in front of all keys. (A
         # grid without these takes registers for where it begins.)
