@@ -245,18 +245,12 @@ def hopper_output_kernel(
         unread = none_reads(query_doc + b * qdoc_sb, key_doc + b * doc_sb, qdoc_st, doc_st, n, T, lag, C)
         if uniform(unread.to(gl.int32)) != 0:
             _write_unread(o, None, 0, 0, 0, n, b, T, G, R, D, C)
-        else:
-            _output_of_chunk(
-                q, k, v, o, query_doc, key_doc, carried_doc, states, sums, q_sb, q_st, q_sh, k_sb, k_st, k_sg,
-                v_sb, v_st, v_sg, qdoc_sb, qdoc_st, doc_sb, doc_st, T, lag, N, G, empty, R, D, F, MAP, C,
-                HAS_DOCS,
-            )  # fmt: skip
-    else:
-        _output_of_chunk(
-            q, k, v, o, query_doc, key_doc, carried_doc, states, sums, q_sb, q_st, q_sh, k_sb, k_st, k_sg,
-            v_sb, v_st, v_sg, qdoc_sb, qdoc_st, doc_sb, doc_st, T, lag, N, G, empty, R, D, F, MAP, C,
-            HAS_DOCS,
-        )  # fmt: skip
+            return
+    _output_of_chunk(
+        q, k, v, o, query_doc, key_doc, carried_doc, states, sums, q_sb, q_st, q_sh, k_sb, k_st, k_sg,
+        v_sb, v_st, v_sg, qdoc_sb, qdoc_st, doc_sb, doc_st, T, lag, N, G, empty, R, D, F, MAP, C,
+        HAS_DOCS,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -381,18 +375,12 @@ def hopper_dq_kernel(
         unread = none_reads(query_doc + b * qdoc_sb, key_doc + b * doc_sb, qdoc_st, doc_st, n, T, lag, C)
         if uniform(unread.to(gl.int32)) != 0:
             _write_unread(dq, dq_other, dqo_sb, dqo_st, dqo_sh, n, b, T, G, R, D, C)
-        else:
-            _dq_of_chunk(
-                q, k, v, do, dq, dq_other, query_doc, key_doc, carried_doc, states, logs, q_sb, q_st, q_sh,
-                k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh, dqo_sb, dqo_st, dqo_sh, qdoc_sb,
-                qdoc_st, doc_sb, doc_st, T, lag, N, G, empty, R, D, F, MAP, C, HAS_DOCS,
-            )  # fmt: skip
-    else:
-        _dq_of_chunk(
-            q, k, v, do, dq, dq_other, query_doc, key_doc, carried_doc, states, logs, q_sb, q_st, q_sh,
-            k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh, dqo_sb, dqo_st, dqo_sh, qdoc_sb,
-            qdoc_st, doc_sb, doc_st, T, lag, N, G, empty, R, D, F, MAP, C, HAS_DOCS,
-        )  # fmt: skip
+            return
+    _dq_of_chunk(
+        q, k, v, do, dq, dq_other, query_doc, key_doc, carried_doc, states, logs, q_sb, q_st, q_sh,
+        k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh, dqo_sb, dqo_st, dqo_sh, qdoc_sb,
+        qdoc_st, doc_sb, doc_st, T, lag, N, G, empty, R, D, F, MAP, C, HAS_DOCS,
+    )  # fmt: skip
 
 
 def launch_hopper_output(sizes: Sizes, x: Tensors, states: States, o: Tensor, config: Config) -> Launch:
