@@ -141,12 +141,18 @@ def _write_unread(
 
 
 @gluon.jit
-def _output_of_chunk(
+def hopper_output_kernel(
     q, k, v, o, query_doc, key_doc, carried_doc, states, sums,
     q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, qdoc_sb, qdoc_st, doc_sb, doc_st,
     T, lag, N, G, empty,
     R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr, HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
+    if HAS_DOCS:
+        n, b = gl.program_id(0) + empty, gl.program_id(1).to(gl.int64) // G
+        unread = none_reads(query_doc + b * qdoc_sb, key_doc + b * doc_sb, qdoc_st, doc_st, n, T, lag, C)
+        if uniform(unread.to(gl.int32)) != 0:
+            _write_unread(o, None, 0, 0, 0, n, b, T, G, R, D, C)
+            return
     TILE: gl.constexpr = tile_layout(C, D, WARPS)
     ACC: gl.constexpr = product_layout(D, WARPS)
     SCORES: gl.constexpr = product_layout(C, WARPS)
@@ -234,26 +240,6 @@ def _output_of_chunk(
 
 
 @gluon.jit
-def hopper_output_kernel(
-    q, k, v, o, query_doc, key_doc, carried_doc, states, sums,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, qdoc_sb, qdoc_st, doc_sb, doc_st,
-    T, lag, N, G, empty,
-    R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr, HAS_DOCS: gl.constexpr,
-):  # fmt: skip
-    if HAS_DOCS:
-        n, b = gl.program_id(0) + empty, gl.program_id(1).to(gl.int64) // G
-        unread = none_reads(query_doc + b * qdoc_sb, key_doc + b * doc_sb, qdoc_st, doc_st, n, T, lag, C)
-        if uniform(unread.to(gl.int32)) != 0:
-            _write_unread(o, None, 0, 0, 0, n, b, T, G, R, D, C)
-            return
-    _output_of_chunk(
-        q, k, v, o, query_doc, key_doc, carried_doc, states, sums, q_sb, q_st, q_sh, k_sb, k_st, k_sg,
-        v_sb, v_st, v_sg, qdoc_sb, qdoc_st, doc_sb, doc_st, T, lag, N, G, empty, R, D, F, MAP, C,
-        HAS_DOCS,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _dq_of_chunk(
     q, k, v, do, dq, dq_other, query_doc, key_doc, carried_doc, states, logs,
     q_sb, q_st, q_sh, k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh, dqo_sb, dqo_st, dqo_sh,
@@ -261,6 +247,7 @@ def _dq_of_chunk(
     T, lag, N, G, empty,
     R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr, HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
+    """`hopper_dq_kernel` of a chunk that a query reads; written there it spills 24 bytes with Triton 3.8."""
     TILE: gl.constexpr = tile_layout(C, D, WARPS)
     ACC: gl.constexpr = product_layout(D, WARPS)
     SCORES: gl.constexpr = product_layout(C, WARPS)
