@@ -7,6 +7,8 @@ it.
 A forward runs this twice: for the totals of the segments, which the scan turns into the states at their borders, and
 from those for the state in front of every chunk. A backward runs it once, for both: queries and their gradients are
 four times as many bytes as keys and values, and its one reader adds what came before the segment.
+
+With documents a program visits the chunks of its segment that a query reads (`none_reads`), and writes no others.
 """
 
 import torch
