@@ -247,7 +247,7 @@ def _dq_of_chunk(
     T, lag, N, G, empty,
     R: gl.constexpr, D: gl.constexpr, F: gl.constexpr, MAP: gl.constexpr, C: gl.constexpr, HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
-    """`hopper_dq_kernel` of a chunk that a query reads; written there it spills 24 bytes with Triton 3.8."""
+    """`hopper_dq_kernel` of a chunk that a query reads: there, behind a return, it spills 24 bytes."""
     TILE: gl.constexpr = tile_layout(C, D, WARPS)
     ACC: gl.constexpr = product_layout(D, WARPS)
     SCORES: gl.constexpr = product_layout(C, WARPS)
@@ -362,12 +362,18 @@ def hopper_dq_kernel(
         unread = none_reads(query_doc + b * qdoc_sb, key_doc + b * doc_sb, qdoc_st, doc_st, n, T, lag, C)
         if uniform(unread.to(gl.int32)) != 0:
             _write_unread(dq, dq_other, dqo_sb, dqo_st, dqo_sh, n, b, T, G, R, D, C)
-            return
-    _dq_of_chunk(
-        q, k, v, do, dq, dq_other, query_doc, key_doc, carried_doc, states, logs, q_sb, q_st, q_sh,
-        k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh, dqo_sb, dqo_st, dqo_sh, qdoc_sb,
-        qdoc_st, doc_sb, doc_st, T, lag, N, G, empty, R, D, F, MAP, C, HAS_DOCS,
-    )  # fmt: skip
+        else:
+            _dq_of_chunk(
+                q, k, v, do, dq, dq_other, query_doc, key_doc, carried_doc, states, logs, q_sb, q_st, q_sh,
+                k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh, dqo_sb, dqo_st, dqo_sh, qdoc_sb,
+                qdoc_st, doc_sb, doc_st, T, lag, N, G, empty, R, D, F, MAP, C, HAS_DOCS,
+            )  # fmt: skip
+    else:
+        _dq_of_chunk(
+            q, k, v, do, dq, dq_other, query_doc, key_doc, carried_doc, states, logs, q_sb, q_st, q_sh,
+            k_sb, k_st, k_sg, v_sb, v_st, v_sg, do_sb, do_st, do_sh, dqo_sb, dqo_st, dqo_sh, qdoc_sb,
+            qdoc_st, doc_sb, doc_st, T, lag, N, G, empty, R, D, F, MAP, C, HAS_DOCS,
+        )  # fmt: skip
 
 
 def launch_hopper_output(sizes: Sizes, x: Tensors, states: States, o: Tensor, config: Config) -> Launch:
