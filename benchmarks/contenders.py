@@ -115,8 +115,7 @@ def softmax_reference(window: int | None, positions: Tensor | None = None) -> Ca
         mask_mod = _packed_mask(positions, mask_mod)
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch = None if positions is None else q.shape[0]
-        mask = dense_mask(mask_mod, batch=batch, q_len=q.shape[1], kv_len=k.shape[1], device=q.device)
+        mask = dense_mask(mask_mod, batch=q.shape[0], q_len=q.shape[1], kv_len=k.shape[1], device=q.device)
         return reference_attention(q, k, v, mask)
 
     return reference
@@ -285,11 +284,9 @@ def rla(window: int, *, with_torch: bool, save_every: Sequence[int] = (), packed
     save_every: ours once more for each m, with the states before every m-th chunk kept. packed: ours and FlexAttention
     once more, for documents of this length (`packed_positions`).
     """
-    documents = (
-        []
-        if packed is None
-        else [flex_contender(packed), scan_contender("rla triton packed", window, impl="triton", packed=packed)]
-    )
+    documents = []
+    if packed is not None:
+        documents = [flex_contender(packed), scan_contender("rla triton packed", window, impl="triton", packed=packed)]
     return [
         *full_attention(),
         fla_contender(window),

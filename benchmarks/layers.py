@@ -86,15 +86,13 @@ def window_contender(name: str, window: int, *, backend: str = "triton", own_win
 def rattention(window: int, packed: int | None = None) -> list[Contender]:
     """A local layer between its projections, without and with the document ids that training always passes. packed: it
     and FlexAttention also with documents of this length (`packed_positions`)."""
-    documents = (
-        []
-        if packed is None
-        else [
+    documents = []
+    if packed is not None:
+        documents = [
             flex_contender(packed),
             core_contender("rattention core packed", window, documents=True, packed=packed),
             core_contender("rattention core packed flash", window, documents=True, packed=packed, backend="flash"),
         ]
-    )
     return [
         *full_attention(),
         core_contender("rattention core", window, documents=False),
@@ -126,9 +124,11 @@ def core_contender(
         _check_backend(backend, device)
         model, attention = _local_layer(shape, window, device, backend)
         attention.rope = None
-        positions = torch.arange(shape.T, device=device).expand(shape.B, shape.T) if documents else None
+        positions = None
         if packed is not None:
             positions = packed_positions(shape, packed, device)
+        elif documents:
+            positions = torch.arange(shape.T, device=device).expand(shape.B, shape.T)
         if positions is not None:
             mask = model.get_attention_masks(positions)[attention.mask]
         else:
@@ -144,8 +144,7 @@ def core_contender(
         def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return run(q, k, v, mask, positions)
 
-        reference = _core_reference(window, None if packed is None else positions)
-        return Prepared(forward=forward, reference=reference, parameters=weights)
+        return Prepared(forward=forward, reference=_core_reference(window, positions), parameters=weights)
 
     return Contender(name=name, prepare=prepare, ours=backend == "triton", window=window)
 
